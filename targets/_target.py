@@ -1,0 +1,90 @@
+"""The record of a target: everything that schedules, the compiler and the loader ask about a CPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """A CPU family as facts. Schedules read these fields and never the name.
+
+    Attributes:
+        machine: what ``platform.machine()`` says there.
+        triple, cpu, attributes: LLVM's names: -mtriple, -mcpu, -mattr.
+        features: the flags of /proc/cpuinfo without which the code is illegal.
+        vector_bits: width of a vector register.
+        registers: how many vector registers there are.
+        popcount: how a vector of words is counted.
+        source: where the numbers are from.
+    """
+
+    name: str
+    machine: str
+    triple: str
+    cpu: str
+    attributes: tuple[str, ...]
+    features: frozenset[str]
+    vector_bits: int
+    registers: int
+    popcount: str
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.vector_bits % 32 or self.vector_bits < 64:
+            raise ValueError(f"target {self.name}: vector_bits = {self.vector_bits} does not hold whole 32-bit words")
+        if self.registers not in (8, 16, 32):
+            raise ValueError(f"target {self.name}: registers = {self.registers}; a register file has 8, 16 or 32")
+        if any(a[0] not in "+-" for a in self.attributes):
+            raise ValueError(f"target {self.name}: every attribute starts with + or -, as LLVM writes them")
+
+    @property
+    def lanes(self) -> int:
+        """32-bit lanes of a vector register."""
+        return self.vector_bits // 32
+
+    def tvm_target(self, threads: int) -> Any:
+        """TVM's target for code that runs on ``threads`` cores.
+
+        Raises:
+            ValueError: LLVM does not know the CPU (TVM itself would only warn and compile for a generic one).
+        """
+        import tvm
+        from tvm.target.codegen import llvm_is_valid_cpu
+
+        if not llvm_is_valid_cpu(self.cpu, self.triple):
+            raise ValueError(f"target {self.name}: LLVM does not know the CPU '{self.cpu}' for {self.triple}")
+        return tvm.target.Target(
+            {
+                "kind": "llvm",
+                "mtriple": self.triple,
+                "mcpu": self.cpu,
+                "mattr": list(self.attributes),
+                "num-cores": threads,
+            }
+        )
+
+    def missing_features(self) -> list[str]:
+        """What this machine lacks to run code of this target; empty when it can."""
+        if platform.machine() != self.machine:
+            return [f"a {self.machine} CPU"]
+        return sorted(self.features - cpu_features())
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """The flags of this CPU as Linux names them (empty where there is no /proc/cpuinfo)."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    flags = next((line for line in lines if line.split(":")[0].strip() in ("flags", "Features")), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,16 @@
+"""x86-64 with AVX2: what every desktop and server core since 2013 (Haswell, Zen 1) runs."""
+
+from targets._target import Target
+
+TARGET = Target(
+    name="x86-avx2",
+    machine="x86_64",
+    triple="x86_64-linux-gnu",
+    cpu="x86-64-v3",
+    attributes=(),
+    features=frozenset({"avx2", "fma", "bmi2", "popcnt"}),
+    vector_bits=256,
+    registers=16,
+    popcount="nibble table (vpshufb), widened to words",
+    source="x86-64 psABI, micro-architecture level v3",
+)

@@ -1,0 +1,16 @@
+"""x86-64 with AVX-512 but no vector popcount: Skylake-X, Cascade Lake, Cooper Lake."""
+
+from targets._target import Target
+
+TARGET = Target(
+    name="x86-avx512bw",
+    machine="x86_64",
+    triple="x86_64-linux-gnu",
+    cpu="skylake-avx512",
+    attributes=("-prefer-256-bit",),  # vpshufb has one port: 512-bit registers look up twice as much
+    features=frozenset({"avx2", "fma", "bmi2", "popcnt", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
+    vector_bits=512,
+    registers=32,
+    popcount="nibble table (vpshufb), widened to words",
+    source="Intel SDM vol. 1 ch. 15; x86-64 psABI level v4",
+)
