@@ -272,12 +272,13 @@ def _binary(onnx_name: str, both: Callable[[Any, Any], Any]) -> Handler:
             raise ValueError(f"shapes {list(x.shape)} and {list(y.shape)}: only equal ranks are supported")
 
         def compute(p: Any, q: Any) -> Any:
-            shape = [int(max(s, t)) for s, t in zip(p.shape, q.shape, strict=True)]
+            extents = [int(max(s, t)) for s, t in zip(p.shape, q.shape, strict=True)]
 
             def at(tensor: Any, index: Sequence[Any]) -> Any:
-                return tensor[tuple(0 if int(s) == 1 else i for s, i in zip(tensor.shape, index, strict=True))]
+                own = zip(tensor.shape, extents, index, strict=True)
+                return tensor[tuple(i if int(s) == extent else 0 for s, extent, i in own)]
 
-            return te.compute(shape, lambda *i: both(at(p, i), at(q, i)), name=onnx_name.lower())
+            return te.compute(extents, lambda *i: both(at(p, i), at(q, i)), name=onnx_name.lower())
 
         shape = tuple(max(s, t) for s, t in zip(x.shape, y.shape, strict=True))
         return Channelwise(Real(e, e.te(onnx_name.lower(), compute, a, b), shape))

@@ -24,6 +24,9 @@ from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d
 from tvm_ops.ops.bitserial_conv2d import Geometry
 from tvm_ops.output_transform import Step
 
+# TVM's OpPatternKind: what follows may be fused to it; nothing may.
+OUT_ELEMENTWISE_FUSABLE, OPAQUE = 4, 8
+
 Shape = tuple[int, ...]
 Array = NDArray[Any]
 
@@ -35,10 +38,11 @@ class Emitter:
     builder: relax.BlockBuilder
     node: str = "main"
 
-    def te(self, kind: str, compute: Callable[..., Any], *args: relax.Expr | Array) -> relax.Expr:
-        """One kernel; arrays become constants of the library."""
+    def te(self, kind: str, compute: Callable[..., Any], *args: relax.Expr | Array, pattern: int = 0) -> relax.Expr:
+        """One kernel; arrays become constants of the library. ``pattern`` tells FuseOps what TVM cannot see itself."""
         tensors = [relax.const(a) if isinstance(a, np.ndarray) else a for a in args]
-        return self.builder.emit_te(lambda *t: compute(*t), *tensors, primfunc_name_hint=kind)
+        attrs = {"op_pattern": pattern} if pattern else {}
+        return self.builder.emit_te(lambda *t: compute(*t), *tensors, primfunc_name_hint=kind, primfunc_attrs=attrs)
 
     def op(self, expr: relax.Expr) -> relax.Expr:
         """A Relax operator."""
@@ -68,7 +72,7 @@ class Real:
     def words(self, steps: Sequence[Step]) -> relax.Expr:
         """The bits of its sign after ``steps``."""
         threshold = output_transform.float_threshold(steps, self.shape[1])
-        return self.emitter.te("bitpack", bitpack.compute, self.expr, *bitpack.constants(threshold))
+        return self.emitter.te("bitpack", bitpack.compute, self.expr, *bitpack.constants(threshold), pattern=OPAQUE)
 
     def stepped(self, steps: Sequence[Step]) -> relax.Expr:
         if not steps:
@@ -98,7 +102,7 @@ class Sum:
         def compute(*tensors: Any) -> Any:
             return bitserial_conv2d.compute_bits(self.geometry, *tensors)
 
-        return self.emitter.te("bitserial_conv2d_bits", compute, self.codes.words(), weight, *constants)
+        return self.emitter.te("bitserial_conv2d_bits", compute, self.codes.words(), weight, *constants, pattern=OPAQUE)
 
     def stepped(self, steps: Sequence[Step]) -> relax.Expr:
         edge = bitserial_conv2d.border(self.signs, self.geometry)
@@ -108,7 +112,7 @@ class Sum:
         def compute(*tensors: Any) -> Any:
             return bitserial_conv2d.compute_float(self.geometry, edge, steps, *tensors)
 
-        out = self.emitter.te("bitserial_conv2d", compute, self.codes.words(), weight, *constants)
+        out = self.emitter.te("bitserial_conv2d", compute, self.codes.words(), weight, *constants, pattern=OUT_ELEMENTWISE_FUSABLE)
         return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from targets import Target
+from tvm_ops.bitplanes import WORD_BITS
+from tvm_ops.ops import bitpack
 
 _DATA_PARALLEL, _REDUCTION = 0, 2
 # A fork and join of TVM's thread pool takes some 5 us, in which a core does about this many vector operations.
@@ -39,19 +41,22 @@ def _is_reduction(sch: Any, block: Any) -> bool:
     return any(v.iter_type == _REDUCTION for v in sch.get(block).iter_vars)
 
 
+def _packs(sch: Any, block: Any) -> bool:
+    return sch.get(block).name_hint == bitpack.BLOCK
+
+
 def _consumes(sch: Any, block: Any, producer: Any) -> bool:
     return any(sch.get(c).same_as(sch.get(block)) for c in sch.get_consumers(producer))
 
 
 def _inline(sch: Any, blocks: list[Any], main: Any | None) -> list[Any]:
     """Inline every map into its only readers, but not into a reduction's window, where it would be done once a tap,
-    nor into a packing, which reads vectors. Returns the blocks that are left."""
+    nor in or out of a packing, which reads vectors. Returns the blocks that are left."""
     left = []
     for block in blocks:
         consumers = sch.get_consumers(block)
-        if _is_reduction(sch, block) or not consumers:
-            left.append(block)
-        elif any(_is_reduction(sch, c) or sch.get(c).name_hint.startswith("words") for c in consumers):
+        into_vectors = _packs(sch, block) or any(_packs(sch, c) for c in consumers)
+        if not consumers or into_vectors or any(_is_reduction(sch, b) for b in (block, *consumers)):
             left.append(block)
         else:
             sch.compute_inline(block)
@@ -72,7 +77,7 @@ def _schedule_map(sch: Any, block: Any, target: Target, threads: int) -> None:
     extents = _extents(sch, loops)
     if not loops:
         return
-    if not sch.get(block).name_hint.startswith("words"):  # a packing is already written in vectors
+    if not _packs(sch, block):  # a packing is already written in vectors
         lanes = _largest_divisor(extents[-1], target.lanes)
         *_, inner = sch.split(loops[-1], [None, lanes])
         sch.vectorize(inner)
@@ -109,14 +114,14 @@ def _tile(columns: int, channels: int, target: Target) -> tuple[int, int]:
 def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int) -> None:
     consumers = sch.get_consumers(main)
     writer = consumers[0] if consumers else sch.cache_write(main, 0, "global")
-    packs = sch.get(writer).name_hint.startswith("words")
+    packs = _packs(sch, writer)
     work = _product(_extents(sch, sch.get_loops(main))) // target.lanes
 
     *outer, channel = sch.get_loops(writer)
     extents = _extents(sch, [*outer, channel])
     columns = max((i for i, e in enumerate(extents[:-1]) if e > 1), default=None)
     reduced = [int(v.dom.extent) for v in sch.get(main).iter_vars if v.iter_type == _REDUCTION]
-    unit = 32 if packs else 1  # a packing makes 32 channels one word
+    unit = WORD_BITS if packs else 1  # so many channels make one word
     wide, lanes = _tile(extents[columns] if columns is not None else 1, extents[-1] * unit, target)
     channel_outer, channel_inner = sch.split(channel, [None, max(1, lanes // unit)])
     tiled = [channel_inner]
@@ -132,6 +137,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int) -> No
     spatial = [loop for loop, kind in zip(inner, kinds, strict=True) if kind == _DATA_PARALLEL]
     reduction = [loop for loop, kind in zip(inner, kinds, strict=True) if kind == _REDUCTION]
     sch.reorder(*reduction, *spatial)
+    _share(sch, outer, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
     for loop in spatial[:-1]:
         sch.unroll(loop)
     if _product(reduced[:-1]) <= 9 and reduced[-1] > 1:
@@ -143,4 +149,3 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int) -> No
         sch.vectorize(channel_inner)
     if columns is not None:
         sch.unroll(tiled[0])
-    _share(sch, outer, work, threads)

@@ -9,6 +9,9 @@ import numpy as np
 from tvm_ops.bitplanes import WORD_BITS
 from tvm_ops.output_transform import Threshold
 
+BLOCK = "pack_words"
+"""The TIR block that packs, by which schedules know that it reads vectors and writes a word for 32 channels."""
+
 
 def constants(threshold: Threshold) -> list[np.ndarray]:
     """What `compute` takes after x: the lower bounds, and the upper ones where a channel descends.
@@ -41,7 +44,7 @@ def compute(x: Any, low: Any, high: Any = None) -> Any:
 
         return pack(bits, index[-1], channels)
 
-    return te.compute((*outer, -(-channels // WORD_BITS)), word, name="words")
+    return te.compute((*outer, -(-channels // WORD_BITS)), word, name=BLOCK)
 
 
 def ramp(first: Any, count: int) -> Any:

@@ -163,7 +163,7 @@ def compute_bits(geometry: Geometry, x: Any, weight: Any, *constants: Any) -> An
 
         return bitpack.pack(bits, k, int(filters))
 
-    return te.compute((n, oh, ow, filters // WORD_BITS), word, name="words")
+    return te.compute((n, oh, ow, filters // WORD_BITS), word, name=bitpack.BLOCK)
 
 
 def _at(edges: Sequence[Any], h: Any, w: Any, o: Any) -> Any:
