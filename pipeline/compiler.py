@@ -27,31 +27,28 @@ def lower(mod: tvm.IRModule) -> tvm.IRModule:
     )(mod)
 
 
-def default_schedule(func: tvm.tirx.PrimFunc, target: Target, threads: int) -> Any:
-    """An ``s_tir.Schedule`` of ``func``, as ``main``, by the rule of `tvm_ops.schedule_cpu`."""
-    sch = Schedule(tvm.IRModule({"main": func.with_attr("global_symbol", "main")}))
+def default_schedule(mod: tvm.IRModule, target: Target, threads: int) -> Any:
+    """An ``s_tir.Schedule`` of the function ``main`` of ``mod``, by the rule of `tvm_ops.schedule_cpu`."""
+    sch = Schedule(mod)  # of the module as it is: a schedule of ``func.with_attr(..)`` changes ``func`` too
     schedule(sch, target, threads)
     return sch
 
 
-def build(mod: tvm.IRModule, target: Target, threads: int, records: Path | None = None) -> Any:
-    """The executable of a lowered module.
+def build(mod: tvm.IRModule, target: Target, threads: int, records: Path | None = None) -> tuple[Any, int, int]:
+    """The executable of a lowered module, how many kernels it has, and how many of them a tuning record made.
 
     Args:
         threads: cores to share work between.
-        records: a MetaSchedule work folder; functions without a record get the default schedule.
+        records: a MetaSchedule work folder; kernels without a record get the default schedule.
     """
     tvm_target = target.tvm_target(threads)
     if records is not None:
         with tvm_target:
             mod = relax.transform.MetaScheduleApplyDatabase(str(records))(mod)
     mod = mod.clone()
-    for name, func in mod.functions_items():
-        if isinstance(func, tvm.tirx.PrimFunc) and not is_tuned(func):
-            mod[name] = default_schedule(func, target, threads).mod["main"].without_attr("global_symbol")
-    return relax.build(mod, tvm_target, relax_pipeline="default")
-
-
-def is_tuned(func: tvm.tirx.PrimFunc) -> bool:
-    """Whether a tuning record made this function."""
-    return bool(func.attrs and func.attrs.get("tirx.is_scheduled", False))
+    kernels = {name: f for name, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
+    untuned = {name: f for name, f in kernels.items() if not (f.attrs and f.attrs.get("tirx.is_scheduled", False))}
+    for name, func in untuned.items():
+        mod[name] = default_schedule(tvm.IRModule({"main": func}), target, threads).mod["main"]
+    executable = relax.build(mod, tvm_target, relax_pipeline="default")
+    return executable, len(kernels), len(kernels) - len(untuned)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 Name = Literal["digits", "cifar10", "folder"]
 Reader = Callable[[], bytes]
+Picture = tuple[str, str, Reader]  # class, path, reader
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _LAYOUT = (
@@ -101,8 +102,8 @@ def load(name: Name, path: Path | None = None, seed: int = 0) -> Dataset:
 
 
 def _digits(seed: int) -> Dataset:
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
@@ -131,7 +132,7 @@ def _files(path: Path, stack: ExitStack) -> Iterator[tuple[str, Reader]]:
 
 def _read(name: str, path: Path) -> Dataset:
     batches: dict[str, list[Split]] = {"data": [], "test": []}
-    pictures: dict[str, list[tuple[str, str, Reader]]] = {"train": [], "test": []}
+    pictures: dict[str, list[Picture]] = {"train": [], "test": []}
     with ExitStack() as stack:
         for file, read in _files(path, stack):
             *_, half, label, base = ("", "", *PurePosixPath(file).parts)
@@ -145,7 +146,9 @@ def _read(name: str, path: Path) -> Dataset:
             found = " and ".join(half for half, files in pictures.items() if files) or "neither half"
             raise ValueError(f"{path}: both a training and a test half are needed, found {found}; {_LAYOUT}")
         classes = tuple(sorted({label for label, _, _ in pictures["train"]}))
-        return Dataset(name, classes, *(_decoded(files, classes) for files in pictures.values()))
+        train, test = (sorted(files, key=lambda picture: picture[:2]) for files in pictures.values())
+        like = _opened(*train[0][1:])
+        return Dataset(name, classes, _decoded(train, classes, like), _decoded(test, classes, like))
 
 
 def _joined(splits: Iterable[Split]) -> Split:
@@ -183,26 +186,26 @@ def _batch(file: str, blob: bytes) -> Split:
         raise ValueError(f"{file}: not a CIFAR-10 batch: {error}") from None
 
 
-def _decoded(files: list[tuple[str, str, Reader]], classes: tuple[str, ...]) -> Split:
-    """Decode (class, path, reader) of every image; all become the first one's size and colour mode, L or RGB."""
-    number = {label: i for i, label in enumerate(classes)}
-    files = sorted(files, key=lambda file: file[:2])
-    first = Image.open(io.BytesIO(files[0][2]()))
-    mode = "L" if first.mode == "L" else "RGB"
-    pixels = np.empty((len(files), first.height, first.width, len(mode)), np.uint8)
+def _opened(file: str, read: Reader) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(read()))
+    except UnidentifiedImageError:
+        raise ValueError(f"{file}: not an image that can be decoded, remove it") from None
+
+
+def _decoded(files: list[Picture], classes: tuple[str, ...], like: Image.Image) -> Split:
+    """Decode every file in the colour mode of the image ``like``, grey or RGB; all must have its size."""
+    mode = "L" if like.mode == "L" else "RGB"
+    pixels = np.empty((len(files), like.height, like.width, len(mode)), np.uint8)
     console = Console(stderr=True)
-    for i, (label, file, read) in enumerate(
-        track(files, "decoding", console=console, transient=True, disable=not console.is_terminal)
-    ):
-        try:
-            image = Image.open(io.BytesIO(read())).convert(mode)
-        except UnidentifiedImageError:
-            raise ValueError(f"{file}: not an image that can be decoded, remove it") from None
-        if image.size != first.size or label not in number:
+    bar = track(files, "decoding", console=console, transient=True, disable=not console.is_terminal)
+    for i, (label, file, read) in enumerate(bar):
+        image = _opened(file, read).convert(mode)
+        if image.size != like.size or label not in classes:
             raise ValueError(
-                f"{file}: {image.size} pixels, class '{label}'; all images must have {first.size} pixels and a class of "
-                "the training half"
+                f"{file}: {image.size} pixels, class '{label}'; all must have {like.size} pixels and a class of the "
+                "training half"
             )
         pixels[i] = np.asarray(image).reshape(pixels.shape[1:])
-    labels = torch.tensor([number[label] for label, _, _ in files])
+    labels = torch.tensor([classes.index(label) for label, _, _ in files])
     return Split(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels)

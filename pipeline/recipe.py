@@ -150,7 +150,7 @@ def _sentence(error: ValidationError) -> str:
             return f"model.name is missing: give one of {', '.join(_MODELS)}"
         case "union_tag_invalid":
             return f"model.name = '{first['ctx']['tag']}': choose one of {', '.join(_MODELS)}"
-        case "extra_forbidden":
+        case "extra_forbidden" | "unexpected_keyword_argument":
             return f"{field} does not exist: choose from {', '.join(signature(kind).parameters)}"
         case "value_error":
             return f"{field}: {first['ctx']['error']}"

@@ -97,12 +97,12 @@ class Sum:
     shape: Shape
 
     def words(self, steps: Sequence[Step]) -> relax.Expr:
-        weight, _, constants = bitserial_conv2d.bit_weight(self.signs, self.geometry, steps)
+        weight, edge, most = bitserial_conv2d.bit_weight(self.signs, self.geometry, steps)
 
         def compute(*tensors: Any) -> Any:
-            return bitserial_conv2d.compute_bits(self.geometry, *tensors)
+            return bitserial_conv2d.compute_bits(self.geometry, edge, *tensors)
 
-        return self.emitter.te("bitserial_conv2d_bits", compute, self.codes.words(), weight, *constants, pattern=OPAQUE)
+        return self.emitter.te("bitserial_conv2d_bits", compute, self.codes.words(), weight, most, pattern=OPAQUE)
 
     def stepped(self, steps: Sequence[Step]) -> relax.Expr:
         edge = bitserial_conv2d.border(self.signs, self.geometry)
@@ -112,7 +112,8 @@ class Sum:
         def compute(*tensors: Any) -> Any:
             return bitserial_conv2d.compute_float(self.geometry, edge, steps, *tensors)
 
-        out = self.emitter.te("bitserial_conv2d", compute, self.codes.words(), weight, *constants, pattern=OUT_ELEMENTWISE_FUSABLE)
+        words = self.codes.words()
+        out = self.emitter.te("bitserial_conv2d", compute, words, weight, *constants, pattern=OUT_ELEMENTWISE_FUSABLE)
         return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
 
 

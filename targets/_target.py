@@ -77,12 +77,21 @@ class Target:
 
 
 @cache
-def cpu_features() -> frozenset[str]:
-    """The flags of this CPU as Linux names them (empty where there is no /proc/cpuinfo)."""
+def _cpuinfo() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo (empty where there is none)."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    flags = next((line for line in lines if line.split(":")[0].strip() in ("flags", "Features")), "")
-    return frozenset(flags.partition(":")[2].split())
+    first = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
+
+
+def cpu_features() -> frozenset[str]:
+    """The flags of this CPU as Linux names them."""
+    return frozenset(_cpuinfo().get("flags", _cpuinfo().get("Features", "")).split())
+
+
+def cpu_name() -> str:
+    """This CPU's model, for tables."""
+    return _cpuinfo().get("model name", platform.machine())
 
 
 def cores() -> int:

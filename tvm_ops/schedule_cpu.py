@@ -37,6 +37,14 @@ def schedule(sch: Any, target: Target, threads: int) -> None:
         _schedule_reduction(sch, main, target, threads)
 
 
+def has_reduction(mod: Any) -> bool:
+    """Whether the function ``main`` of ``mod`` sums anything, so that there is a loop nest worth searching."""
+    from tvm.s_tir import Schedule
+
+    sch = Schedule(mod)
+    return any(_is_reduction(sch, block) for block in sch.get_child_blocks(sch.get_sblock("root")))
+
+
 def _is_reduction(sch: Any, block: Any) -> bool:
     return any(v.iter_type == _REDUCTION for v in sch.get(block).iter_vars)
 

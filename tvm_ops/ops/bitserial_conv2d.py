@@ -3,9 +3,9 @@
     dot = sum over the taps inside the image of (C - 2 popcount(x ^ w))
         = border - 2 popcounts,    border = C * taps inside + 2 * sum over the taps outside of popcount(w)
 
-A padded word is 0, so a tap outside counts popcount(w), which ``border`` gives back. Which taps lie outside depends
-only on the class of the row and of the column (3 x 3 classes for a 3x3 kernel with padding 1): ``border`` is stored a
-class, not a pixel. A dense layer is the 1x1 convolution of a 1x1 image.
+A padded word is 0, so a tap outside counts popcount(w), which ``border`` gives back. All interior rows have the same
+taps, and all interior columns: ``border`` has one entry for them and one for every row and column beside (3 x 3
+entries for a 3x3 kernel with padding 1). A dense layer is the 1x1 convolution of a 1x1 image.
 
 Weights are [KH, KW, words, O], output channel innermost: a lane is a filter, an activation word is broadcast, and
 nothing is summed across lanes.
@@ -24,8 +24,6 @@ from tvm_ops import output_transform
 from tvm_ops.bitplanes import WORD_BITS, pack
 from tvm_ops.ops import bitpack
 from tvm_ops.output_transform import Step
-
-I32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -56,18 +54,39 @@ class Geometry:
         return (at >= 0) & (at < self.image[axis])
 
 
+@dataclass(frozen=True)
+class Interior:
+    """The outputs ``first`` to ``last`` of an axis, whose windows have the same taps inside the image."""
+
+    first: int
+    last: int
+
+    def entry(self, index: Any) -> Any:
+        """Where an output's constants stand: one entry for the interior, one for every output outside it."""
+        from tvm import tirx
+
+        return tirx.min(index, self.first) + tirx.max(index - self.last, 0)
+
+
+def interior(inside: NDArray[np.bool_]) -> Interior:
+    """The longest run of equal rows of [outputs, taps]."""
+    starts = [0, *(np.flatnonzero((inside[1:] != inside[:-1]).any(1)) + 1).tolist(), len(inside)]
+    first, after = max(zip(starts, starts[1:], strict=False), key=lambda run: run[1] - run[0])
+    return Interior(first, after - 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Border:
-    """The constant of the sum by class. values: [row classes, column classes, O]. rows: [OH], columns: [OW]."""
+    """The constant of the sum: values int64 [entries of rows, of columns, O]."""
 
     values: NDArray[np.int64]
-    rows: I32
-    columns: I32
+    rows: Interior
+    columns: Interior
 
-    @property
-    def uniform(self) -> bool:
-        """Whether no tap is ever outside."""
-        return self.values.shape[:2] == (1, 1)
+    def at(self, table: Any, h: Any, w: Any, o: Any) -> Any:
+        """The constant of one output in ``table``, a TE tensor of the shape of ``values``."""
+        row, column = self.values.shape[:2]
+        return table[self.rows.entry(h) if row > 1 else 0, self.columns.entry(w) if column > 1 else 0, o]
 
 
 def pack_weight(signs: NDArray[Any]) -> NDArray[np.uint32]:
@@ -77,14 +96,16 @@ def pack_weight(signs: NDArray[Any]) -> NDArray[np.uint32]:
 
 def border(signs: NDArray[Any], geometry: Geometry) -> Border:
     """The border constants of weights [O, C, KH, KW]."""
-    (rows_inside, rows), (columns_inside, columns) = (
-        np.unique(geometry.inside(axis), axis=0, return_inverse=True) for axis in (0, 1)
-    )
-    inside = (rows_inside[:, None, :, None] & columns_inside[None, :, None, :]).astype(np.int64)
+    rows_inside, columns_inside = geometry.inside(0), geometry.inside(1)
+    rows, columns = interior(rows_inside), interior(columns_inside)
+    kept = [
+        np.delete(inside, np.s_[run.first + 1 : run.last + 1], axis=0).astype(np.int64)
+        for inside, run in ((rows_inside, rows), (columns_inside, columns))
+    ]
+    inside = kept[0][:, None, :, None] * kept[1][None, :, None, :]
     ones = (signs > 0).sum(1, dtype=np.int64)
     outside = np.einsum("rcyx,oyx->rco", 1 - inside, ones)
-    values = signs.shape[1] * inside.sum((2, 3))[:, :, None] + 2 * outside
-    return Border(values, rows.reshape(-1).astype(np.int32), columns.reshape(-1).astype(np.int32))
+    return Border(signs.shape[1] * inside.sum((2, 3))[:, :, None] + 2 * outside, rows, columns)
 
 
 def popcounts(x: Any, weight: Any, geometry: Geometry) -> Any:
@@ -111,8 +132,7 @@ def popcounts(x: Any, weight: Any, geometry: Geometry) -> Any:
 
 def float_constants(edge: Border, steps: Sequence[Step]) -> list[NDArray[Any]]:
     """What `compute_float` takes after the weights."""
-    values = [edge.values.astype(np.int32)]
-    return [*values, *([] if edge.uniform else [edge.rows, edge.columns]), *(step.value for step in steps)]
+    return [edge.values.astype(np.int32), *(step.value for step in steps)]
 
 
 def compute_float(geometry: Geometry, edge: Border, steps: Sequence[Step], x: Any, weight: Any, *constants: Any) -> Any:
@@ -120,10 +140,10 @@ def compute_float(geometry: Geometry, edge: Border, steps: Sequence[Step], x: An
     from tvm import te
 
     sums = popcounts(x, weight, geometry)
-    edges, values = constants[: len(constants) - len(steps)], constants[len(constants) - len(steps) :]
+    table, *values = constants
 
     def value(n: Any, h: Any, w: Any, o: Any) -> Any:
-        dot = _at(edges, h, w, o) - 2 * sums[n, h, w, o]
+        dot = edge.at(table, h, w, o) - 2 * sums[n, h, w, o]
         return output_transform.emit(steps, values, dot.astype("float32"), o)
 
     return te.compute(sums.shape, value, name="transformed")
@@ -131,8 +151,8 @@ def compute_float(geometry: Geometry, edge: Border, steps: Sequence[Step], x: An
 
 def bit_weight(
     signs: NDArray[Any], geometry: Geometry, steps: Sequence[Step]
-) -> tuple[NDArray[np.uint32], Border, list[NDArray[Any]]]:
-    """Weights, border and constants of `compute_bits`.
+) -> tuple[NDArray[np.uint32], Border, NDArray[np.int32]]:
+    """Weights, border and thresholds of `compute_bits`.
 
     bit = flip * dot >= at. A flipped filter is stored complemented, which negates its dot, and dot >= at is
     popcounts <= (border - at) / 2. Filters are filled up to whole words with some whose bit is never 1.
@@ -145,12 +165,11 @@ def bit_weight(
     missing = -filters % WORD_BITS
     most = np.pad(most, [(0, 0), (0, 0), (0, missing)], constant_values=-1)
     weight = np.pad(pack_weight(signs), [(0, 0), (0, 0), (0, 0), (0, missing)])
-    constants: list[NDArray[Any]] = [most.astype(np.int32), *([] if edge.uniform else [edge.rows, edge.columns])]
-    return weight, edge, constants
+    return weight, edge, most.astype(np.int32)
 
 
-def compute_bits(geometry: Geometry, x: Any, weight: Any, *constants: Any) -> Any:
-    """The next layer's bits, uint32 [N, OH, OW, O / 32]; ``constants`` are those of `bit_weight`."""
+def compute_bits(geometry: Geometry, edge: Border, x: Any, weight: Any, most: Any) -> Any:
+    """The next layer's bits, uint32 [N, OH, OW, O / 32]; ``weight`` and ``most`` are those of `bit_weight`."""
     from tvm import te
 
     sums = popcounts(x, weight, geometry)
@@ -159,14 +178,8 @@ def compute_bits(geometry: Geometry, x: Any, weight: Any, *constants: Any) -> An
     def word(n: Any, h: Any, w: Any, k: Any) -> Any:
         def bits(first: int, count: int) -> Any:
             lanes = bitpack.ramp(k * WORD_BITS + first, count)
-            return sums[n, h, w, lanes] <= _at(constants, h, w, lanes)
+            return sums[n, h, w, lanes] <= edge.at(most, h, w, lanes)
 
         return bitpack.pack(bits, k, int(filters))
 
     return te.compute((n, oh, ow, filters // WORD_BITS), word, name=bitpack.BLOCK)
-
-
-def _at(edges: Sequence[Any], h: Any, w: Any, o: Any) -> Any:
-    """The entry of a [row class, column class, O] table for one pixel."""
-    table, *classes = edges
-    return table[(classes[0][h], classes[1][w], o) if classes else (0, 0, o)]

@@ -1,0 +1,386 @@
+"""The command line: one verb a function, no logic. Heavy imports are inside, so a board loads neither torch nor ONNX."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import targets
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+out, err = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+TargetName = Annotated[str, typer.Option("--target", "-t", help="A name of `crossbit targets`, or 'host'.")]
+Threads = Annotated[int, typer.Option(min=1, help="Cores that the library shares its work between.")]
+Batch = Annotated[int, typer.Option(min=1, help="Examples per call.")]
+Records = Annotated[Path, typer.Option(help="Where tuning records of all targets lie.")]
+OnnxFile = Annotated[Path, typer.Argument(help="An ONNX file.")]
+ArtifactFolder = Annotated[Path, typer.Argument(help="A folder that `crossbit compile` wrote.")]
+
+
+@app.callback()
+def crossbit() -> None:
+    """Binary and cross-filter-compressed CNNs, from torch to tuned shared libraries.
+
+    [bold]train[/bold] -> [bold]export[/bold] -> [bold]compile[/bold] -> [bold]verify[/bold] -> [bold]tune[/bold] ->
+    [bold]bench[/bold] -> [bold]report[/bold]
+    """
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a packaged recipe (digits, cifar10).")],
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Where the checkpoint goes.")],
+    data: Annotated[Path | None, typer.Option(help="The data set, for recipes that need one.")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="Override a field: quantize.group=1 (repeatable).")] = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in the folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a network.
+
+    Example: crossbit train digits -o runs/m16 --set quantize.group=16
+    """
+    from pipeline import data as datasets
+    from pipeline import recipe as recipes
+    from pipeline import train as training
+
+    chosen = recipes.load(recipe)
+    tables = chosen.model_dump()
+    for assignment in set_:
+        name, equals, value = assignment.partition("=")
+        section, dot, field = name.partition(".")
+        if not (equals and dot and section in tables):
+            raise ValueError(f"--set {assignment}: write section.field=value, with a section of {', '.join(tables)}")
+        tables[section][field] = _toml_value(value)
+    chosen = recipes.parse(tables, f"{recipe} with {' '.join(set_)}") if set_ else chosen
+    dataset = datasets.load(chosen.data.name, data, chosen.train.seed)
+    result = training.train(chosen, dataset, folder, resume)
+    summary = {
+        "name": folder.name,
+        "model": chosen.model.name,
+        "method": f"1w1a/{chosen.quantize.group}" if chosen.model.quantize else "float",
+        "data": dataset.name,
+        "accuracy": result.last,
+        "best_accuracy": result.best,
+        "seconds": result.seconds,
+        "epochs": [dataclasses.asdict(epoch) for epoch in result.epochs],
+    }
+    (folder / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if as_json:
+        _print_json(summary)
+    else:
+        out.print(f"[green]trained[/green] {folder}: test accuracy {result.last:.2%}, {result.seconds:.0f} s")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that `crossbit train` wrote.")],
+    file: Annotated[Path | None, typer.Option("--output", "-o", help="The ONNX file; default: in the folder.")] = None,
+) -> None:
+    """Write a trained network as an ONNX file, weights packed 1 bit each.
+
+    Example: crossbit export runs/m16
+    """
+    from pipeline import export as exporting
+    from pipeline import train as training
+
+    trained = training.load(checkpoint)
+    path = file or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "model.onnx"
+    exporting.export(trained.model, trained.image_shape, path)
+    out.print(f"[green]exported[/green] {path}: {path.stat().st_size:,} bytes")
+
+
+@app.command()
+def inspect(model: OnnxFile, as_json: Json = False) -> None:
+    """Show every layer of an ONNX file: method, bits stored, operations, and why a layer is float.
+
+    Example: crossbit inspect runs/m16/model.onnx
+    """
+    from pipeline import inspection
+
+    found = inspection.inspect(model)
+    if as_json:
+        layers = [layer.model_dump() for layer in found.layers]
+        _print_json({"file_bytes": found.file_bytes, "float_bytes": found.float_bytes, "layers": layers})
+        return
+    rows = [
+        (
+            layer.name,
+            layer.operator,
+            layer.method,
+            f"{layer.bits_per_weight:.2f}",
+            f"{layer.stored_bytes:,}",
+            _short(layer.binary_macs),
+            _short(layer.float_macs),
+            layer.why_float,
+        )
+        for layer in found.layers
+    ]
+    columns = ("layer", "operator", "method", "bits", "bytes", "binary MACs", "float MACs", "why float")
+    _table(str(model), columns, rows, right=(3, 4, 5, 6))
+    ratio = found.float_bytes / found.file_bytes
+    out.print(f"file {found.file_bytes:,} bytes; parameters in float32 {found.float_bytes:,} bytes ({ratio:.1f} x)")
+
+
+@app.command("compile")
+def compile_(
+    model: OnnxFile,
+    folder: Annotated[Path, typer.Option("--output", "-o", help="The artifact folder.")],
+    target: TargetName = "host",
+    threads: Threads = 1,
+    batch: Batch = 1,
+    records: Annotated[Path | None, typer.Option(help="Root of tuning records to use; default: none.")] = None,
+) -> None:
+    """Compile an ONNX file for a target.
+
+    Example: crossbit compile runs/m16/model.onnx -o runs/m16/tuned --records records
+    """
+    from pipeline import packaging, tune
+
+    chosen = targets.load(target)
+    own_records = tune.records_folder(records, chosen, threads) if records else None
+    with err.status(f"compiling {model} for {chosen.name}"):
+        manifest = packaging.compile_network(model, folder, chosen, threads, batch, own_records)
+    size = manifest.files["model.so"].bytes
+    out.print(
+        f"[green]compiled[/green] {folder} for {chosen.name}: library {size:,} bytes, {manifest.kernels} kernels, "
+        f"{manifest.tuned_kernels} of them tuned"
+    )
+
+
+@app.command()
+def tune(
+    model: OnnxFile,
+    target: TargetName = "host",
+    threads: Threads = 1,
+    batch: Batch = 1,
+    trials: Annotated[int, typer.Option(min=1, help="Candidates per kernel, stored ones included.")] = 64,
+    records: Records = Path("records"),
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Search faster schedules for a network's kernels on this machine. Ctrl-C keeps what was found.
+
+    Example: crossbit tune runs/m16/model.onnx --trials 32
+    """
+    from pipeline import compiler, importer
+    from pipeline import tune as tuning
+
+    chosen = targets.load(target)
+    folder = tuning.records_folder(records, chosen, threads)
+    lowered = compiler.lower(importer.load(model, batch))
+    with _progress("tuning") as advance:
+        tuned = tuning.tune(
+            lowered, chosen, threads, folder, trials, seed, lambda kernel, done, total: advance(done, total, kernel)
+        )
+    if as_json:
+        _print_json([dataclasses.asdict(kernel) for kernel in tuned])
+        return
+    rows = [
+        (k.kernel, f"{k.default_us:.1f}", f"{k.best_us:.1f}", f"{k.default_us / k.best_us:.2f} x", str(k.trials))
+        for k in tuned
+    ]
+    _table(f"{chosen.name}, {threads} thread(s)", ("kernel", "default us", "best us", "gain", "trials"), rows)
+    out.print(f"[green]tuned[/green] records in {folder}; use them with `crossbit compile --records {records}`")
+
+
+@app.command()
+def verify(
+    folder: ArtifactFolder,
+    data: Annotated[str | None, typer.Option(help="Also the accuracy on the test split of 'digits'.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check an artifact: every file, the CPU, and the golden pair. Exit code 1 where it differs.
+
+    Example: crossbit verify runs/m16/tuned
+    """
+    from pipeline import session
+
+    verdict = session.verify(folder)
+    summary: dict[str, Any] = {**dataclasses.asdict(verdict), "passed": verdict.passed}
+    if data is not None:
+        summary["accuracy"] = _compiled_accuracy(folder, data)
+        (folder.parent / f"{folder.name}.verify.json").write_text(json.dumps(summary) + "\n")
+    if as_json:
+        _print_json(summary)
+    else:
+        word = "[green]verified[/green]" if verdict.passed else "[red]differs[/red]"
+        accuracy = f", test accuracy {summary['accuracy']:.2%}" if data else ""
+        out.print(f"{word} {folder}: largest error {verdict.error:.3g}, limit {verdict.limit:.3g}{accuracy}")
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+def _compiled_accuracy(folder: Path, name: str) -> float:
+    from pipeline import data as datasets
+    from pipeline.session import Session
+
+    loaded = Session(folder)
+    test = datasets.load(name, None).test  # type: ignore[arg-type]
+    (spec,), (result,) = loaded.manifest.inputs, loaded.manifest.outputs
+    images = datasets.to_float(test.images).numpy()
+    if spec.shape != (1, *images.shape[1:]):
+        raise ValueError(f"{folder}: takes {list(spec.shape)}, and {name} has images of {list(images.shape[1:])}")
+    hits = sum(
+        int(loaded.run({spec.name: image[None]})[result.name].argmax() == int(label))
+        for image, label in zip(images, test.labels, strict=True)
+    )
+    return hits / len(images)
+
+
+@app.command()
+def bench(
+    folders: Annotated[list[Path], typer.Argument(help="Artifact folders.")],
+    onnx: Annotated[list[Path], typer.Option(help="ONNX files to time in ONNX Runtime (repeatable).")] = [],  # noqa: B006
+    threads: Threads = 1,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds of some 5 ms a subject.")] = 30,
+    profile: Annotated[bool, typer.Option(help="Also the time of every kernel of the first artifact.")] = False,
+    file: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON there.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time artifacts and ONNX Runtime in one run: checked first, then in turns.
+
+    Example: crossbit bench runs/m16/tuned --onnx runs/float/model.onnx
+    """
+    from pipeline import artifact
+    from pipeline import bench as benching
+    from pipeline.session import Session
+
+    with _progress("timing") as advance:
+        result = benching.bench(folders, onnx, threads, rounds, lambda done, total: advance(done, total, "rounds"))
+    if file is not None:
+        file.write_text(result.model_dump_json(indent=2) + "\n")
+    kernels = {}
+    if profile:
+        kernels = Session(folders[0]).kernel_seconds(artifact.golden(folders[0])[0], calls=10)
+    if as_json:
+        _print_json({**result.model_dump(), **({"kernels": kernels} if profile else {})})
+        return
+    slowest = max(m.median_us for m in result.measurements)
+    rows = [
+        (m.name, m.runtime, f"{m.median_us:.1f}", f"{m.p10_us:.1f}", f"{m.p90_us:.1f}", f"{slowest / m.median_us:.2f} x")
+        for m in result.measurements
+    ]
+    title = f"{result.cpu}, {threads} thread(s), {result.date}"
+    _table(title, ("subject", "runtime", "median us", "p10", "p90", "speed"), rows)
+    if profile:
+        whole = sum(kernels.values())
+        shares = [(name, f"{seconds * 1e6:.1f}", f"{seconds / whole:.1%}") for name, seconds in kernels.items()]
+        _table(f"kernels of {folders[0]}", ("kernel", "us", "share"), shares)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that holds trainings, artifacts and a bench.json.")],
+    file: Annotated[Path | None, typer.Option("--output", "-o", help="Default: report.html in the folder.")] = None,
+) -> None:
+    """Write one HTML page of everything crossbit left below a folder: accuracy, size, latency, layers.
+
+    Example: crossbit report runs/demo
+    """
+    from pipeline import report as reporting
+
+    path = file or folder / "report.html"
+    reporting.write(folder, path)
+    out.print(f"[green]reported[/green] {path}")
+
+
+@app.command("targets")
+def list_targets(as_json: Json = False) -> None:
+    """List the targets, and which of them this CPU runs.
+
+    Example: crossbit targets
+    """
+    records = [targets.load(name) for name in targets.names()]
+    if as_json:
+        _print_json([{**dataclasses.asdict(r), "features": sorted(r.features)} for r in records])
+        return
+    best = targets.host().name if any(not r.missing_features() for r in records) else None
+    rows = [
+        (r.name, r.cpu, f"{r.vector_bits}", r.popcount, "host" if r.name == best else ", ".join(r.missing_features()) or "runs")
+        for r in records
+    ]
+    _table("targets", ("target", "LLVM CPU", "vector bits", "popcount", "here (or what is missing)"), rows)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the quantisers: what they do to weights or activations, their bits and their source.
+
+    Example: crossbit methods
+    """
+    from pipeline import quantizers
+
+    found = {name: quantizers.load(name).method for name in quantizers.names()}
+    if as_json:
+        _print_json([{"name": name, **dataclasses.asdict(method)} for name, method in found.items()])
+        return
+    rows = [(name, m.operand, str(m.bits), m.levels, m.formula, m.source) for name, m in found.items()]
+    _table("quantisers", ("name", "operand", "bits", "levels", "formula", "source"), rows)
+
+
+# Output ----------------------------------------------------------------------------------------------------------
+
+
+def _toml_value(text: str) -> Any:
+    """What ``text`` means in TOML; a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count else "-"
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    """A bar on the terminal's error stream; yields advance(done, total, label)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total, label: progress.update(
+            task, completed=done, total=total, description=f"{what} {label}"
+        )
+
+
+def main() -> None:
+    """Run; bad input is one sentence and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        err.print(f"[red]error:[/red] {error}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted; what was finished is kept")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

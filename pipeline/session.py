@@ -1,0 +1,120 @@
+"""An artifact, loaded and running on this machine."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tvm
+
+from pipeline import artifact
+from targets import cpu_features
+
+
+class Session:
+    """A loaded artifact. One session is for one thread at a time (TVM's virtual machine is not re-entrant).
+
+    Raises:
+        ValueError: no intact artifact, or this CPU cannot run it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest = artifact.read(folder)
+        if platform.machine() != self.manifest.machine:
+            raise ValueError(
+                f"{folder}: compiled for {self.manifest.machine}, this is {platform.machine()}; "
+                f"compile with a --target of this machine"
+            )
+        if missing := sorted(set(self.manifest.features) - cpu_features()):
+            raise ValueError(
+                f"{folder}: compiled for {self.manifest.target}, and this CPU lacks {', '.join(missing)}; "
+                f"compile with --target host on this machine"
+            )
+        library = tvm.runtime.load_module(str(folder / artifact.LIBRARY))
+        tvm.get_global_func("runtime.config_threadpool")(1, self.manifest.threads)
+        self._device = tvm.cpu()
+        self._machine = tvm.runtime.vm.VirtualMachine(library, self._device)
+
+    def _tensors(self, inputs: dict[str, np.ndarray]) -> list[tvm.runtime.Tensor]:
+        expected = {spec.name: spec for spec in self.manifest.inputs}
+        if set(inputs) != set(expected):
+            raise ValueError(f"the inputs are {sorted(expected)}, given {sorted(inputs)}")
+        for name, array in inputs.items():
+            spec = expected[name]
+            if array.shape != spec.shape or str(array.dtype) != spec.dtype:
+                raise ValueError(
+                    f"input '{name}' is {spec.dtype} {list(spec.shape)}, given {array.dtype} {list(array.shape)}"
+                )
+        return [tvm.runtime.tensor(np.ascontiguousarray(inputs[s.name])) for s in self.manifest.inputs]
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs by name for float32 inputs by name.
+
+        Raises:
+            ValueError: a wrong name, shape or dtype.
+        """
+        result = self._machine["main"](*self._tensors(inputs))
+        results = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
+        return {spec.name: r.numpy() for spec, r in zip(self.manifest.outputs, results, strict=True)}
+
+    def seconds(self, inputs: dict[str, np.ndarray], calls: int) -> float:
+        """Seconds of one call, the mean of ``calls`` in a row; the copy of the inputs is not timed."""
+        tensors = self._tensors(inputs)
+        function = self._machine["main"]
+        start = time.perf_counter()
+        for _ in range(calls):
+            function(*tensors)
+        return (time.perf_counter() - start) / calls
+
+    def kernel_seconds(self, inputs: dict[str, np.ndarray], calls: int) -> dict[str, float]:
+        """Seconds of every kernel of one call, the least of ``calls`` runs, in the order of execution."""
+        runs: list[list[tuple[str, float]]] = []
+        started = 0.0
+
+        def watch(_function: object, name: str, before: bool, _result: object, *_arguments: object) -> int:
+            nonlocal started
+            if before:
+                started = time.perf_counter()
+            elif not name.startswith("vm.builtin"):
+                runs[-1].append((name, time.perf_counter() - started))
+            return 0
+
+        self._machine.set_instrument(watch)
+        tensors = self._tensors(inputs)
+        for _ in range(calls):
+            runs.append([])
+            self._machine["main"](*tensors)
+        self._machine.set_instrument(lambda *_: 0)
+        least = [min(run[i][1] for run in runs) for i in range(len(runs[0]))]
+        return {f"{i:02d} {runs[0][i][0]}": seconds for i, seconds in enumerate(least)}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an artifact does on its golden pair. error: the largest absolute difference, in units of the output."""
+
+    target: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit
+
+
+def verify(folder: Path) -> Verdict:
+    """Run the golden input, compare with the golden output of ONNX Runtime.
+
+    Raises:
+        ValueError: as `Session`.
+    """
+    session = Session(folder)
+    inputs, expected = artifact.golden(folder)
+    outputs = session.run(inputs)
+    error = max(float(np.max(np.abs(outputs[name] - expected[name]), initial=0.0)) for name in expected)
+    size = max(float(np.max(np.abs(value), initial=0.0)) for value in expected.values())
+    error = float("inf") if np.isnan(error) else error
+    return Verdict(session.manifest.target, error, session.manifest.tolerance * max(1.0, size))

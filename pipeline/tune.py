@@ -1,0 +1,203 @@
+"""MetaSchedule with the XGBoost cost model: the records that make a network's kernels faster on one target.
+
+A records folder belongs to a target and a thread count (TVM's own look-up ignores both). The default schedule of
+every kernel is measured first and stored as a record like any other, so tuning never makes a kernel slower; a stopped
+run leaves its records and the next one continues from them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm.s_tir import meta_schedule as ms
+from tvm.ir.utils import derived_object
+
+from pipeline import compiler
+from targets import Target, cores
+from tvm_ops import schedule_cpu
+
+_IDENTITY = "target.json"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One kernel: microseconds with the default schedule and with its best record, and how many were measured."""
+
+    kernel: str
+    default_us: float
+    best_us: float
+    trials: int
+
+
+def records_folder(root: Path, target: Target, threads: int) -> Path:
+    """Where a target's records lie below ``root``."""
+    return root / f"{target.name}-{threads}t"
+
+
+def check_records(folder: Path, target: Target, threads: int) -> None:
+    """Refuse records of another target.
+
+    Raises:
+        ValueError: the folder holds no records, or another target's.
+    """
+    path = folder / _IDENTITY
+    if not path.is_file():
+        raise ValueError(f"{folder}: no tuning records here; `crossbit tune` makes them")
+    made_for = json.loads(path.read_text())
+    if made_for != _identity(target, threads):
+        raise ValueError(
+            f"{folder}: these records are for {made_for['target']} with {made_for['threads']} threads, "
+            f"not for {target.name} with {threads}"
+        )
+
+
+def _identity(target: Target, threads: int) -> dict[str, Any]:
+    return {"target": target.name, "threads": threads}
+
+
+def tune(
+    mod: tvm.IRModule,
+    target: Target,
+    threads: int,
+    records: Path,
+    trials: int,
+    seed: int,
+    on_trial: Callable[[str, int, int], None] = lambda kernel, done, total: None,
+) -> list[Tuned]:
+    """Tune every reduction of a lowered module on this machine.
+
+    Args:
+        records: the folder of this target; created, or continued.
+        trials: candidates per kernel, those already in ``records`` included.
+        on_trial: called with the kernel's name, candidates measured so far, and in all.
+
+    Raises:
+        ValueError: the folder's records are another target's, or this CPU cannot run the target.
+    """
+    if missing := target.missing_features():
+        raise ValueError(f"target {target.name} cannot be measured here: this machine lacks {', '.join(missing)}")
+    records.mkdir(parents=True, exist_ok=True)
+    if (records / _IDENTITY).exists():
+        check_records(records, target, threads)
+    else:
+        (records / _IDENTITY).write_text(json.dumps(_identity(target, threads)))
+    _quiet()
+    tvm_target = target.tvm_target(threads)
+    database = ms.database.JSONDatabase(work_dir=str(records))
+    tasks = [t for t in ms.relax_integration.extract_tasks(mod, tvm_target) if schedule_cpu.has_reduction(t.mod)]
+    before = [_stored(database, task) for task in tasks]
+    budgets = [max(0, trials - len(stored)) for stored in before]
+    total, done = sum(budgets), 0
+    builder = ms.builder.LocalBuilder(f_build=_build, timeout_sec=60, max_workers=cores())
+    evaluator = ms.runner.EvaluatorConfig(number=3, repeat=3, min_repeat_ms=10)
+    runner = ms.runner.LocalRunner(timeout_sec=60, evaluator_config=evaluator)
+    cost_model = ms.cost_model.XGBModel(
+        num_warmup_samples=16, extractor=ms.feature_extractor.PerStoreFeature(), num_tuning_cores=cores()
+    )
+    # A quarter of MetaSchedule's own population: with tens of candidates a kernel, evolving more of them between two
+    # measurements takes longer than the measurements (2 minutes a kernel on 2 cores).
+    strategy = ms.search_strategy.EvolutionarySearch(population_size=128, init_min_unmeasured=16, genetic_num_iters=3)
+    for task, budget, stored in zip(tasks, budgets, before, strict=True):
+        if not stored:
+            _measure_default(task, target, threads, tvm_target, database, builder, runner)
+            budget -= 1
+            done += 1
+            on_trial(task.task_name, done, total)
+        if budget <= 0:
+            continue
+
+        def progress(count: int, task: Any = task) -> None:
+            nonlocal done
+            done += count
+            on_trial(task.task_name, done, total)
+
+        contexts, weights = ms.relax_integration.extracted_tasks_to_tune_contexts(
+            [task], str(records), strategy=strategy, seed=seed, num_threads=cores()
+        )
+        ms.tune.tune_tasks(
+            tasks=contexts,
+            task_weights=weights,
+            work_dir=str(records),
+            max_trials_global=budget,
+            num_trials_per_iter=min(16, budget),
+            builder=builder,
+            runner=runner,
+            database=database,
+            cost_model=cost_model,
+            measure_callbacks=[
+                ms.measure_callback.AddToDatabase(),
+                ms.measure_callback.UpdateCostModel(),
+                ms.measure_callback.RemoveBuildArtifact(),
+                _Progress(progress),
+            ],
+        )
+    return [_summary(database, task) for task in tasks]
+
+
+def _stored(database: Any, task: Any) -> list[Any]:
+    """The records of a task, in the order of measurement; the first is the default schedule's."""
+    workload = database.commit_workload(task.dispatched[0])
+    return [r for r in database.get_all_tuning_records() if r.workload.same_as(workload)]
+
+
+def _seconds(record: Any) -> float:
+    seconds = [float(s) for s in record.run_secs or []]
+    return sum(seconds) / len(seconds) if seconds else float("inf")
+
+
+def _summary(database: Any, task: Any) -> Tuned:
+    seconds = [_seconds(record) for record in _stored(database, task)]
+    return Tuned(task.task_name, seconds[0] * 1e6, min(seconds) * 1e6, len(seconds))
+
+
+def _measure_default(
+    task: Any, target: Target, threads: int, tvm_target: Any, database: Any, builder: Any, runner: Any
+) -> None:
+    """Store the default schedule as the first record of a task."""
+    sch = compiler.default_schedule(task.dispatched[0], target, threads)
+    (built,) = builder.build([ms.builder.BuilderInput(sch.mod, tvm_target)])
+    if built.error_msg is not None:
+        raise RuntimeError(f"the default schedule of {task.task_name} does not build: {built.error_msg}")
+    arguments = ms.arg_info.ArgInfo.from_prim_func(task.dispatched[0]["main"])
+    (future,) = runner.run([ms.runner.RunnerInput(built.artifact_path, "cpu", arguments)])
+    result = future.result()
+    if result.error_msg is not None:
+        raise RuntimeError(f"the default schedule of {task.task_name} does not run: {result.error_msg}")
+    workload = database.commit_workload(task.dispatched[0])
+    database.commit_tuning_record(
+        ms.database.TuningRecord(sch.trace, workload, result.run_secs, tvm_target, arguments)
+    )
+
+
+@derived_object
+class _Progress(ms.measure_callback.PyMeasureCallback):
+    """Tells ``report`` how many candidates were measured."""
+
+    def __init__(self, report: Callable[[int], None]) -> None:
+        super().__init__()
+        self.report = report
+
+    def apply(
+        self, task_scheduler: Any, task_id: int, measure_candidates: Any, builder_results: Any, runner_results: Any
+    ) -> None:
+        self.report(len(measure_candidates))
+
+
+def _build(mod: tvm.IRModule, target: Any, params: Any) -> Any:
+    """As MetaSchedule's own builder, less its import of every tensor intrinsic: 16 s in each worker of each batch."""
+    from tvm.driver import build
+    from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
+
+    return build(RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(mod), target=target)
+
+
+def _quiet() -> None:
+    """MetaSchedule's tables go to the log files in the records folder, not to the terminal."""
+    for name in ("tvm.s_tir.meta_schedule", "tvm.meta_schedule"):
+        logging.getLogger(name).setLevel(logging.ERROR)

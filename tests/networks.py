@@ -1,0 +1,58 @@
+"""Random networks and the one comparison that matters: torch == ONNX Runtime == compiled code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import targets
+from pipeline import compiler, importer
+from pipeline.export import export
+from pipeline.packaging import oracle
+
+
+def randomise(model: nn.Module, rng: np.random.Generator) -> nn.Module:
+    """Batch norms as training never leaves them: negative, zero and tiny gammas, any mean."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            count = module.num_features
+            gamma = rng.choice([-1.0, 0.0, 1e-6, 0.5, 1.0, 2.0], count) * rng.uniform(0.5, 1.5, count)
+            module.weight.data = torch.tensor(gamma, dtype=torch.float32)
+            module.bias.data = torch.tensor(rng.normal(0, 0.3, count) * rng.integers(0, 2, count), dtype=torch.float32)
+            module.running_mean = torch.tensor(rng.normal(0, 0.5, count), dtype=torch.float32)
+            module.running_var = torch.tensor(rng.uniform(0.1, 3, count), dtype=torch.float32)
+    return model.eval()
+
+
+def dyadic(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Multiples of 1/16 with a third of zeros: float sums of them are exact in any order."""
+    values = rng.integers(-64, 65, shape) * (rng.random(shape) > 0.33)
+    return (values / 16).astype(np.float32)
+
+
+def outputs(
+    model: nn.Module, x: np.ndarray, folder: Path, target: str = "host", threads: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The deployed torch network, ONNX Runtime, and compiled code on ``x``."""
+    from tvm import cpu, relax, runtime
+
+    path = folder / "model.onnx"
+    deployed = export(model, x.shape[1:], path)
+    with torch.no_grad():
+        by_torch = deployed(torch.from_numpy(x)).numpy()
+    (by_runtime,) = oracle(path).run(None, {"x": x})
+    lowered = compiler.lower(importer.load(path, len(x)))
+    executable, _, _ = compiler.build(lowered, targets.load(target), threads)
+    machine = relax.VirtualMachine(executable.jit(), cpu())
+    return by_torch, by_runtime, machine["main"](runtime.tensor(x)).numpy()
+
+
+def assert_identical(model: nn.Module, x: np.ndarray, folder: Path, **options: object) -> None:
+    """All three bit for bit, NaNs included."""
+    by_torch, by_runtime, compiled = outputs(model, x, folder, **options)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(by_torch, by_runtime)
+    np.testing.assert_array_equal(by_runtime, compiled)
