@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 LIBRARY, MANIFEST, GOLDEN, RECORDS = "model.so", "manifest.json", "golden.npz", "records"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183, "armv7l": 40}
 
@@ -146,7 +146,9 @@ def read(folder: Path) -> Manifest:
             raise ValueError(f"{path}: lists no {required}; compile again")
     machine = _elf_machine(folder / LIBRARY)
     if machine != manifest.machine:
-        raise ValueError(f"{folder / LIBRARY}: built for {machine}, the manifest says {manifest.machine}; compile again")
+        raise ValueError(
+            f"{folder / LIBRARY}: built for {machine}, the manifest says {manifest.machine}; compile again"
+        )
     return manifest
 
 

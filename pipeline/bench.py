@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -61,52 +62,60 @@ def bench(
     Raises:
         ValueError: an artifact that fails its golden pair or was compiled for another number of threads.
     """
-    timers: dict[str, tuple[Callable[[int], float], Measurement]] = {}
-    common = {"median_us": 0.0, "p10_us": 0.0, "p90_us": 0.0, "rounds": rounds}
-    for folder in artifacts:
-        verdict = session.verify(folder)
-        if not verdict.passed:
-            raise ValueError(f"{folder}: differs from ONNX Runtime by {verdict.error:.3g}, so it is not timed")
-        loaded = Session(folder)
-        if loaded.manifest.threads != threads:
-            raise ValueError(f"{folder}: compiled for {loaded.manifest.threads} threads, asked to time {threads}")
-        timers[str(folder)] = (
-            _artifact_timer(loaded, artifact.golden(folder)[0]),
-            Measurement(
-                name=str(folder), runtime="crossbit", target=verdict.target, error=verdict.error, **common
-            ),
-        )
-    for path in models:
-        timers[str(path)] = (
-            _onnxruntime_timer(path, threads),
-            Measurement(name=str(path), runtime="onnxruntime", target="cpu", **common),
-        )
-    # A round of a subject lasts some 5 ms, the first is a warm-up.
-    calls = {name: max(1, int(0.005 / timer(3))) for name, (timer, _) in timers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    subjects = [_artifact(folder, threads) for folder in artifacts] + [_onnx_file(path, threads) for path in models]
+    # A round of a subject lasts some 5 ms; this first call is its warm-up.
+    calls = [max(1, int(0.005 / subject.seconds(3))) for subject in subjects]
+    seconds: list[list[float]] = [[] for _ in subjects]
     for done in range(rounds):
-        for name, (timer, _) in timers.items():
-            seconds[name].append(timer(calls[name]))
+        for subject, count, times in zip(subjects, calls, seconds, strict=True):
+            times.append(subject.seconds(count))
         on_round(done + 1, rounds)
     return Bench(
         cpu=cpu_name(),
         threads=threads,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         emulated=False,
-        measurements=tuple(_filled(subject, seconds[name]) for name, (_, subject) in timers.items()),
+        measurements=tuple(_measurement(s, times) for s, times in zip(subjects, seconds, strict=True)),
     )
 
 
-def _filled(subject: Measurement, seconds: list[float]) -> Measurement:
+@dataclass(frozen=True)
+class _Subject:
+    """What is timed: seconds(calls) is the mean time of a call."""
+
+    name: str
+    runtime: Literal["crossbit", "onnxruntime"]
+    target: str
+    error: float | None
+    seconds: Callable[[int], float]
+
+
+def _measurement(subject: _Subject, seconds: list[float]) -> Measurement:
     p10, median, p90 = (float(q) * 1e6 for q in np.quantile(seconds, (0.1, 0.5, 0.9)))
-    return subject.model_copy(update={"median_us": median, "p10_us": p10, "p90_us": p90})
+    return Measurement(
+        name=subject.name,
+        runtime=subject.runtime,
+        target=subject.target,
+        median_us=median,
+        p10_us=p10,
+        p90_us=p90,
+        rounds=len(seconds),
+        error=subject.error,
+    )
 
 
-def _artifact_timer(loaded: Session, inputs: dict[str, np.ndarray]) -> Callable[[int], float]:
-    return lambda calls: loaded.seconds(inputs, calls)
+def _artifact(folder: Path, threads: int) -> _Subject:
+    verdict = session.verify(folder)
+    if not verdict.passed:
+        raise ValueError(f"{folder}: differs from ONNX Runtime by {verdict.error:.3g}, so it is not timed")
+    loaded = Session(folder)
+    if loaded.manifest.threads != threads:
+        raise ValueError(f"{folder}: compiled for {loaded.manifest.threads} threads, asked to time {threads}")
+    inputs, _ = artifact.golden(folder)
+    return _Subject(str(folder), "crossbit", verdict.target, verdict.error, lambda calls: loaded.seconds(inputs, calls))
 
 
-def _onnxruntime_timer(path: Path, threads: int) -> Callable[[int], float]:
+def _onnx_file(path: Path, threads: int) -> _Subject:
     from pipeline.packaging import oracle
 
     runtime = oracle(path, threads)
@@ -114,10 +123,10 @@ def _onnxruntime_timer(path: Path, threads: int) -> Callable[[int], float]:
     shapes = {i.name: [d if isinstance(d, int) else 1 for d in i.shape] for i in runtime.get_inputs()}
     inputs = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
-    def timer(calls: int) -> float:
+    def seconds(calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
             runtime.run(None, inputs)
         return (time.perf_counter() - start) / calls
 
-    return timer
+    return _Subject(str(path), "onnxruntime", "cpu", None, seconds)

@@ -1,12 +1,13 @@
-"""The command line: one verb a function, no logic. Heavy imports are inside, so a board loads neither torch nor ONNX."""
+"""The command line: one verb a function, no logic. Imports are inside, so a board loads neither torch nor ONNX."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,8 +76,10 @@ def train(
         "accuracy": result.last,
         "best_accuracy": result.best,
         "seconds": result.seconds,
-        "epochs": [dataclasses.asdict(epoch) for epoch in result.epochs],
+        "epochs": [dataclasses.asdict(epoch) for epoch in result.history],
     }
+    if os.environ.get("RANK", "0") != "0":  # torchrun: process 0 alone writes and prints
+        return
     (folder / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
     if as_json:
         _print_json(summary)
@@ -270,7 +273,14 @@ def bench(
         return
     slowest = max(m.median_us for m in result.measurements)
     rows = [
-        (m.name, m.runtime, f"{m.median_us:.1f}", f"{m.p10_us:.1f}", f"{m.p90_us:.1f}", f"{slowest / m.median_us:.2f} x")
+        (
+            m.name,
+            m.runtime,
+            f"{m.median_us:.1f}",
+            f"{m.p10_us:.1f}",
+            f"{m.p90_us:.1f}",
+            f"{slowest / m.median_us:.2f} x",
+        )
         for m in result.measurements
     ]
     title = f"{result.cpu}, {threads} thread(s), {result.date}"
@@ -309,7 +319,13 @@ def list_targets(as_json: Json = False) -> None:
         return
     best = targets.host().name if any(not r.missing_features() for r in records) else None
     rows = [
-        (r.name, r.cpu, f"{r.vector_bits}", r.popcount, "host" if r.name == best else ", ".join(r.missing_features()) or "runs")
+        (
+            r.name,
+            r.cpu,
+            f"{r.vector_bits}",
+            r.popcount,
+            "host" if r.name == best else ", ".join(r.missing_features()) or "runs",
+        )
         for r in records
     ]
     _table("targets", ("target", "LLVM CPU", "vector bits", "popcount", "here (or what is missing)"), rows)
@@ -350,7 +366,7 @@ def _short(count: int) -> str:
     return f"{count / 1e6:.2f} M" if count else "-"
 
 
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
+def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i in right else "left", overflow="fold")
@@ -374,7 +390,7 @@ def main() -> None:
     """Run; bad input is one sentence and exit code 2."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         err.print(f"[red]error:[/red] {error}", markup=True, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

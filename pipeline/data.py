@@ -10,7 +10,7 @@ import pickle
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -131,27 +131,29 @@ def _files(path: Path, stack: ExitStack) -> Iterator[tuple[str, Reader]]:
 
 
 def _read(name: str, path: Path) -> Dataset:
-    batches: dict[str, list[Split]] = {"data": [], "test": []}
-    pictures: dict[str, list[Picture]] = {"train": [], "test": []}
+    # keyed by name, so that an archive beside what was extracted from it counts once
+    batches: dict[str, dict[str, Split]] = {"data": {}, "test": {}}
+    pictures: dict[str, dict[tuple[str, str], Picture]] = {"train": {}, "test": {}}
     with ExitStack() as stack:
         for file, read in _files(path, stack):
             *_, half, label, base = ("", "", *PurePosixPath(file).parts)
-            if batch := re.fullmatch(r"(data|test)_batch(_\d)?(\.bin)?", base):
-                batches[batch[1]] += [_batch(file, read())]
+            if batch := re.fullmatch(r"(data|test)_batch(_\d|)(\.bin)?", base):
+                batches[batch[1]][batch[2]] = _batch(file, read())
             elif half in pictures and re.fullmatch(r"[^.].*\.(png|jpe?g|bmp)", base, re.IGNORECASE):
-                pictures[half] += [(label, file, read)]
+                pictures[half][label, base] = (label, file, read)
         if all(batches.values()):
             return Dataset(name, CIFAR10, _joined(batches["data"]), _joined(batches["test"]))
         if not all(pictures.values()):
             found = " and ".join(half for half, files in pictures.items() if files) or "neither half"
             raise ValueError(f"{path}: both a training and a test half are needed, found {found}; {_LAYOUT}")
-        classes = tuple(sorted({label for label, _, _ in pictures["train"]}))
-        train, test = (sorted(files, key=lambda picture: picture[:2]) for files in pictures.values())
+        classes = tuple(sorted({label for label, _ in pictures["train"]}))
+        train, test = ([files[key] for key in sorted(files)] for files in pictures.values())
         like = _opened(*train[0][1:])
         return Dataset(name, classes, _decoded(train, classes, like), _decoded(test, classes, like))
 
 
-def _joined(splits: Iterable[Split]) -> Split:
+def _joined(batches: dict[str, Split]) -> Split:
+    splits = [batches[number] for number in sorted(batches)]
     return Split(torch.cat([s.images for s in splits]), torch.cat([s.labels for s in splits]))
 
 

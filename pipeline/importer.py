@@ -144,7 +144,9 @@ def _as_channelwise(value: Value, emitter: Emitter) -> Channelwise:
 
 def _binary_sign(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
     if len(inputs[0].shape) not in (2, 4):
-        raise ValueError(f"the sign of a tensor of rank {len(inputs[0].shape)}: flatten it to [N, C] or use [N, C, H, W]")
+        raise ValueError(
+            f"the sign of a tensor of rank {len(inputs[0].shape)}: flatten it to [N, C] or use [N, C, H, W]"
+        )
     return Signs(e, _as_channelwise(inputs[0], e))
 
 

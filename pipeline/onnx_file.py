@@ -58,4 +58,4 @@ def shape(value: ir.Value) -> tuple[int, ...]:
     """
     if value.shape is None or not all(isinstance(s, int) for s in value.shape):
         raise ValueError(f"'{value.name}' has the open shape {value.shape}: export with fixed height and width")
-    return tuple(int(s) for s in value.shape)  # type: ignore[arg-type]
+    return tuple(int(s) for s in value.shape)

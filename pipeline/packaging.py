@@ -112,5 +112,3 @@ def golden_pair(model: Path, batch: int) -> tuple[dict[str, np.ndarray], dict[st
             best = (margin, inputs, results[: len(names)])
     assert best is not None
     return best[1], dict(zip(names, best[2], strict=True))
-
-

@@ -74,7 +74,7 @@ def _with_options(name: str) -> type[Model]:
 
 
 _MODELS = {name: _with_options(name) for name in models.names()}
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # mypy reads no union that is made at run time
     _AnyModel = Model
 else:
     _AnyModel = Annotated[Union[tuple(_MODELS.values())], Field(discriminator="name")]  # noqa: UP007

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _axes(title: str, label: str, size: tuple[float, float] = (6.0, 3.0)) -> tup
     return figure, axes
 
 
-def _bars(title: str, label: str, rows: list[tuple[str, float, str]], written: str) -> str:
+def _bars(title: str, label: str, rows: Sequence[tuple[str, float, str]], written: str) -> str:
     """Horizontal bars: (name, value, colour key)."""
     figure, axes = _axes(title, label, (6.0, 0.8 + 0.4 * len(rows)))
     names, values, kinds = zip(*reversed(rows), strict=True)
@@ -106,7 +107,7 @@ def _training_plots(trainings: list[Training]) -> list[str]:
         return []
     figure, axes = _axes("test accuracy while training", "epoch")
     for training in trainings:
-        accuracies = [100 * epoch["test_accuracy"] for epoch in training.epochs]
+        accuracies = [100 * epoch["test"] for epoch in training.epochs]
         axes.plot(range(1, len(accuracies) + 1), accuracies, label=f"{training.name} ({training.method})")
     axes.set_ylabel("%", fontsize=9)
     axes.legend(fontsize=8, frameon=False)

@@ -230,7 +230,7 @@ class _Run:
     def epoch(self, advance: Callable[[], None]) -> Epoch:
         """Train for one epoch and test; ``advance`` is called after every step."""
         began, number, settings = time.perf_counter(), len(self.history), self.recipe.train
-        _seed(settings.seed)  # the order is common to the processes, the augmentation is not
+        _seed(settings.seed, number)  # the order is common to the processes, the augmentation is not
         order = torch.randperm(len(self.dataset.train.labels))
         _seed(settings.seed, number, self.rank)
         self.model.train()

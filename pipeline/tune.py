@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import tvm
-from tvm.s_tir import meta_schedule as ms
 from tvm.ir.utils import derived_object
+from tvm.s_tir import meta_schedule as ms
 
 from pipeline import compiler
 from targets import Target, cores
@@ -170,9 +170,7 @@ def _measure_default(
     if result.error_msg is not None:
         raise RuntimeError(f"the default schedule of {task.task_name} does not run: {result.error_msg}")
     workload = database.commit_workload(task.dispatched[0])
-    database.commit_tuning_record(
-        ms.database.TuningRecord(sch.trace, workload, result.run_secs, tvm_target, arguments)
-    )
+    database.commit_tuning_record(ms.database.TuningRecord(sch.trace, workload, result.run_secs, tvm_target, arguments))
 
 
 @derived_object

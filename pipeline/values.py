@@ -50,9 +50,11 @@ class Emitter:
 
 
 class Value(Protocol):
-    """A tensor of the network. ``shape`` is the file's."""
+    """A tensor of the network."""
 
-    shape: Shape
+    @property
+    def shape(self) -> Shape:
+        """The file's."""
 
     def real(self) -> relax.Expr:
         """The float tensor, emitted once."""

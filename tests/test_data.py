@@ -111,6 +111,10 @@ LAYOUTS: dict[str, Callable[[Path, Halves], Path]] = {
     "folder of the python archive": lambda path, halves: LAYOUTS["python archive"](path, halves).parent,
     "around the python batches": lambda path, halves: folder(path, python_batches(halves)),
     "the python batches": lambda path, halves: folder(path, python_batches(halves)) / "cifar-10-batches-py",
+    "the python archive beside its contents": lambda path, halves: folder(
+        LAYOUTS["folder of the python archive"](path, halves), python_batches(halves)
+    ),
+    "zips beside their contents": lambda path, halves: folder(two_zips(path, halves), all_pictures(halves)),
     "binary archive": lambda path, halves: tarred(path / "cifar-10-binary.tar.gz", binary_batches(halves)),
     "the binary batches": lambda path, halves: folder(path, binary_batches(halves)) / "cifar-10-batches-bin",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ class Chain(nn.Module):
         super().__init__()
         widths = [int(w) for w in rng.choice(CHANNELS, 4)]
         layers: list[nn.Module] = [nn.BatchNorm2d(widths[0])]
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (a, b) in enumerate(pairwise(widths)):
             kernel = int(rng.choice((1, 3, 5)))
             layers.append(
                 QuantConv2d(

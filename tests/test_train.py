@@ -137,6 +137,28 @@ def test_it_learns(tmp_path: Path, toy: Dataset, seed: int, capsys: pytest.Captu
     assert not printed.out
 
 
+def test_latent_weights_are_constrained(tmp_path: Path, toy: Dataset, seed: int) -> None:
+    train.train(toy_recipe(seed), toy, tmp_path)
+    latent = next(layer.weight for layer in train.load(tmp_path).model.modules() if isinstance(layer, QuantConv2d))
+    torch.testing.assert_close(latent.mean(1), torch.zeros_like(latent[:, 0]), rtol=0, atol=1e-6)
+
+
+def test_every_epoch_has_its_own_order(
+    tmp_path: Path, toy: Dataset, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, seen = train._Run._step, []
+
+    def watched(run: train._Run, picked: torch.Tensor, lr: float) -> torch.Tensor:
+        seen.append(picked)
+        return step(run, picked, lr)
+
+    monkeypatch.setattr(train._Run, "_step", watched)
+    train.train(toy_recipe(seed), toy, tmp_path)
+    first, second = torch.cat(seen[:2]), torch.cat(seen[2:])
+    assert len(first) == len(second) == len(first.unique()) == len(second.unique()) == 16
+    assert not torch.equal(first, second)
+
+
 def test_refusals(tmp_path: Path, toy: Dataset, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="there is no such checkpoint"):
         train.train(toy_recipe(seed), toy, tmp_path, resume=True)

@@ -10,6 +10,7 @@ zero tails xor to nothing, so K - 2 popcount(a ^ w) holds for any K.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,7 @@ def decode(planes: NDArray[np.int8], code: BitCode) -> NDArray[np.int64]:
     return (planes * ratios).sum(0) + code.shift
 
 
-def pack(signs: NDArray[np.generic], dtype: str = "<u4") -> NDArray[np.unsignedinteger]:
+def pack(signs: NDArray[Any], dtype: str = "<u4") -> NDArray[np.unsignedinteger]:
     """Signs [..., K] -> words [..., ceil(K / bits of dtype)]; what is > 0 is a 1."""
     octets = np.packbits(signs > 0, axis=-1, bitorder="little")
     size = np.dtype(dtype).itemsize

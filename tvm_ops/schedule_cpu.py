@@ -30,9 +30,8 @@ def schedule(sch: Any, target: Target, threads: int) -> None:
     main = reductions[0] if reductions else None
     blocks = _inline(sch, blocks, main)
     for block in blocks:
-        if main is None or not sch.get(block).same_as(sch.get(main)):
-            if main is None or not _consumes(sch, block, main):
-                _schedule_map(sch, block, target, threads)
+        if main is None or not (sch.get(block).same_as(sch.get(main)) or _consumes(sch, block, main)):
+            _schedule_map(sch, block, target, threads)
     if main is not None:
         _schedule_reduction(sch, main, target, threads)
 

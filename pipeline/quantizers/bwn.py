@@ -30,14 +30,14 @@ class _CrossFilter(torch.autograd.Function):
     """W -> alpha_g sign(W), with either gradient of papers' section 1.5."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, group: int, gradient: Gradient) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, group: int, gradient: Gradient) -> Tensor:
         bits = encode(weight, group)
         ctx.save_for_backward(weight, bits.signs, bits.per_filter())
         ctx.group, ctx.gradient = group, gradient
         return bits.dequantize()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         weight, signs, alpha = ctx.saved_tensors
         column = (-1, *[1] * (weight.dim() - 1))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class Interior:
 def interior(inside: NDArray[np.bool_]) -> Interior:
     """The longest run of equal rows of [outputs, taps]."""
     starts = [0, *(np.flatnonzero((inside[1:] != inside[:-1]).any(1)) + 1).tolist(), len(inside)]
-    first, after = max(zip(starts, starts[1:], strict=False), key=lambda run: run[1] - run[0])
+    first, after = max(pairwise(starts), key=lambda run: run[1] - run[0])
     return Interior(first, after - 1)
 
 
