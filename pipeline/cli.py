@@ -66,7 +66,7 @@ def train(
             raise ValueError(f"--set {assignment}: write section.field=value, with a section of {', '.join(tables)}")
         tables[section][field] = _toml_value(value)
     chosen = recipes.parse(tables, f"{recipe} with {' '.join(set_)}") if set_ else chosen
-    dataset = datasets.load(chosen.data.name, data, chosen.train.seed)
+    dataset = datasets.load(chosen.data.name, data)
     result = training.train(chosen, dataset, folder, resume)
     summary = {
         "name": folder.name,

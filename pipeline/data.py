@@ -125,7 +125,8 @@ def _files(path: Path, stack: ExitStack) -> Iterator[tuple[str, Reader]]:
         yield from ((f.filename, partial(archive.read, f)) for f in archive.infolist() if not f.is_dir())
     elif path.is_file() and tarfile.is_tarfile(path):
         tar = stack.enter_context(tarfile.open(path))  # noqa: SIM115
-        yield from ((f.name, tar.extractfile(f).read) for f in tar.getmembers() if f.isfile())  # type: ignore[union-attr]
+        opened = ((f.name, tar.extractfile(f)) for f in tar.getmembers())
+        yield from ((name, inner.read) for name, inner in opened if inner is not None)  # None: a folder
     else:
         raise ValueError(f"{path}: neither a folder nor a zip or tar archive; {_LAYOUT}")
 

@@ -38,11 +38,15 @@ class Emitter:
     builder: relax.BlockBuilder
     node: str = "main"
 
-    def te(self, kind: str, compute: Callable[..., Any], *args: relax.Expr | Array, pattern: int = 0) -> relax.Expr:
-        """One kernel; arrays become constants of the library. ``pattern`` tells FuseOps what TVM cannot see itself."""
+    def te(self, kind: str, compute: Callable[..., Any], *args: relax.Expr | Array, **attributes: int) -> relax.Expr:
+        """One kernel; arrays become constants of the library.
+
+        ``attributes`` tell TVM what it cannot see in a packing: op_pattern to FuseOps, estimated_flops to MetaSchedule.
+        """
         tensors = [relax.const(a) if isinstance(a, np.ndarray) else a for a in args]
-        attrs = {"op_pattern": pattern} if pattern else {}
-        return self.builder.emit_te(lambda *t: compute(*t), *tensors, primfunc_name_hint=kind, primfunc_attrs=attrs)
+        return self.builder.emit_te(
+            lambda *t: compute(*t), *tensors, primfunc_name_hint=kind, primfunc_attrs=attributes
+        )
 
     def op(self, expr: relax.Expr) -> relax.Expr:
         """A Relax operator."""
@@ -74,7 +78,7 @@ class Real:
     def words(self, steps: Sequence[Step]) -> relax.Expr:
         """The bits of its sign after ``steps``."""
         threshold = output_transform.float_threshold(steps, self.shape[1])
-        return self.emitter.te("bitpack", bitpack.compute, self.expr, *bitpack.constants(threshold), pattern=OPAQUE)
+        return self.emitter.te("bitpack", bitpack.compute, self.expr, *bitpack.constants(threshold), op_pattern=OPAQUE)
 
     def stepped(self, steps: Sequence[Step]) -> relax.Expr:
         if not steps:
@@ -104,7 +108,11 @@ class Sum:
         def compute(*tensors: Any) -> Any:
             return bitserial_conv2d.compute_bits(self.geometry, edge, *tensors)
 
-        return self.emitter.te("bitserial_conv2d_bits", compute, self.codes.words(), weight, most, pattern=OPAQUE)
+        operations = 2 * self.signs[0].size * int(np.prod(self.shape))
+        words = self.codes.words()
+        return self.emitter.te(
+            "bitserial_conv2d_bits", compute, words, weight, most, op_pattern=OPAQUE, estimated_flops=operations
+        )
 
     def stepped(self, steps: Sequence[Step]) -> relax.Expr:
         edge = bitserial_conv2d.border(self.signs, self.geometry)
@@ -115,7 +123,9 @@ class Sum:
             return bitserial_conv2d.compute_float(self.geometry, edge, steps, *tensors)
 
         words = self.codes.words()
-        out = self.emitter.te("bitserial_conv2d", compute, words, weight, *constants, pattern=OUT_ELEMENTWISE_FUSABLE)
+        out = self.emitter.te(
+            "bitserial_conv2d", compute, words, weight, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE
+        )
         return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
 
 

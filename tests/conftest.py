@@ -8,6 +8,10 @@ import secrets
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("crossbit", deadline=None)  # a busy machine is not a failure
+settings.load_profile("crossbit")
 
 
 @pytest.fixture

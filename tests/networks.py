@@ -38,17 +38,23 @@ def outputs(
     model: nn.Module, x: np.ndarray, folder: Path, target: str = "host", threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The deployed torch network, ONNX Runtime, and compiled code on ``x``."""
-    from tvm import cpu, relax, runtime
-
     path = folder / "model.onnx"
     deployed = export(model, x.shape[1:], path)
     with torch.no_grad():
         by_torch = deployed(torch.from_numpy(x)).numpy()
     (by_runtime,) = oracle(path).run(None, {"x": x})
-    lowered = compiler.lower(importer.load(path, len(x)))
+    (by_library,) = compiled(path, [x], target, threads)
+    return by_torch, by_runtime, by_library
+
+
+def compiled(path: Path, inputs: list[np.ndarray], target: str = "host", threads: int = 1) -> list[np.ndarray]:
+    """The outputs of an ONNX file, compiled and run in this process."""
+    from tvm import cpu, relax, runtime
+
+    lowered = compiler.lower(importer.load(path, len(inputs[0])))
     executable, _, _ = compiler.build(lowered, targets.load(target), threads)
-    machine = relax.VirtualMachine(executable.jit(), cpu())
-    return by_torch, by_runtime, machine["main"](runtime.tensor(x)).numpy()
+    result = relax.VirtualMachine(executable.jit(), cpu())["main"](*map(runtime.tensor, inputs))
+    return [r.numpy() for r in ([result] if isinstance(result, runtime.Tensor) else result)]
 
 
 def assert_identical(model: nn.Module, x: np.ndarray, folder: Path, **options: object) -> None:

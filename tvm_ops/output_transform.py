@@ -52,8 +52,10 @@ def direction(steps: Sequence[Step], channels: int) -> NDArray[np.int8]:
     """+1 where the composition ascends, -1 where it descends, 0 where a factor 0 makes it constant. [C]"""
     sign = np.ones(channels, np.int8)
     for step in steps:
-        if step.op in ("mul", "div"):
+        if step.op == "mul":
             sign = sign * np.sign(step.value).astype(np.int8)
+        elif step.op == "div":
+            sign = sign * np.copysign(1, step.value).astype(np.int8)  # x / -0.0 descends too
     return sign
 
 
@@ -127,8 +129,8 @@ def emit(steps: Sequence[Step], constants: Sequence[Any], x: Any, channel: Any) 
             x = x / value
         elif step.op == "add":
             x = x + value
-        else:
-            x = (tirx.max if step.op == "max" else tirx.min)(x, value)
+        else:  # the compiled comparison returns its second operand where one is a NaN: so a NaN stays one
+            x = (tirx.max if step.op == "max" else tirx.min)(value, x)
     return x
 
 

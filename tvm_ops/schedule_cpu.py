@@ -1,8 +1,12 @@
-"""The schedule of every operator that has no tuning record: one rule for all reductions, one for the rest.
+"""The schedule of every operator: one rule for all reductions, one for the rest.
 
-A reduction (bit-serial or float convolution, dense, pooling) is made by tiles of W columns x V vectors of channels
-that stay in registers over the whole reduction; channels are innermost, so a lane is a channel and the activation is
+A reduction (bit-serial or float convolution, dense, pooling) is made by tiles of rows x columns x channels whose sums
+stay in registers over the whole reduction; channels are innermost, so a lane is a channel and the activation is
 broadcast. What follows the sum is computed while the tile is in cache. `Target` gives the lanes and the registers.
+
+Untuned, the tile comes from a rule; while tuning, from MetaSchedule's samplers, so the search space is exactly what
+this rule can make. (MetaSchedule's own space cannot see the vectors of a packing, and on these kernels most of its
+candidates spill: nine trials of a 3x3 convolution took three minutes and found nothing better, November 2026.)
 """
 
 from __future__ import annotations
@@ -18,22 +22,25 @@ _DATA_PARALLEL, _REDUCTION = 0, 2
 _MIN_PARALLEL_STEPS = 16384
 
 
-def schedule(sch: Any, target: Target, threads: int) -> None:
+def schedule(sch: Any, target: Target, threads: int, sample: bool = False) -> None:
     """Schedule the function ``main`` of ``sch``, an ``s_tir.Schedule``, in place.
 
     A function with several reductions that depend on each other (softmax) is left as it is: its tensors are small.
+
+    Args:
+        threads: cores to share large functions between.
+        sample: draw the tile of a reduction instead of applying the rule.
     """
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     reductions = [block for block in blocks if _is_reduction(sch, block)]
     if len(reductions) > 1:
         return
     main = reductions[0] if reductions else None
-    blocks = _inline(sch, blocks, main)
-    for block in blocks:
+    for block in _inline(sch, blocks):
         if main is None or not (sch.get(block).same_as(sch.get(main)) or _consumes(sch, block, main)):
             _schedule_map(sch, block, target, threads)
     if main is not None:
-        _schedule_reduction(sch, main, target, threads)
+        _schedule_reduction(sch, main, target, threads, sample)
 
 
 def has_reduction(mod: Any) -> bool:
@@ -56,7 +63,7 @@ def _consumes(sch: Any, block: Any, producer: Any) -> bool:
     return any(sch.get(c).same_as(sch.get(block)) for c in sch.get_consumers(producer))
 
 
-def _inline(sch: Any, blocks: list[Any], main: Any | None) -> list[Any]:
+def _inline(sch: Any, blocks: list[Any]) -> list[Any]:
     """Inline every map into its only readers, but not into a reduction's window, where it would be done once a tap,
     nor in or out of a packing, which reads vectors. Returns the blocks that are left."""
     left = []
@@ -118,41 +125,60 @@ def _tile(columns: int, channels: int, target: Target) -> tuple[int, int]:
     return max(fitting, key=lambda t: (t[0] * vectors[t[1]] / (t[0] + vectors[t[1]]), t[1]))
 
 
-def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int) -> None:
+def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sample: bool) -> None:
     consumers = sch.get_consumers(main)
     writer = consumers[0] if consumers else sch.cache_write(main, 0, "global")
     packs = _packs(sch, writer)
+    unit = WORD_BITS if packs else 1  # so many channels make one step of the writer's last loop
     work = _product(_extents(sch, sch.get_loops(main))) // target.lanes
 
     *outer, channel = sch.get_loops(writer)
-    extents = _extents(sch, [*outer, channel])
-    columns = max((i for i, e in enumerate(extents[:-1]) if e > 1), default=None)
-    reduced = [int(v.dom.extent) for v in sch.get(main).iter_vars if v.iter_type == _REDUCTION]
-    unit = WORD_BITS if packs else 1  # so many channels make one word
-    wide, lanes = _tile(extents[columns] if columns is not None else 1, extents[-1] * unit, target)
-    channel_outer, channel_inner = sch.split(channel, [None, max(1, lanes // unit)])
-    tiled = [channel_inner]
-    if columns is not None:
-        column_outer, column_inner = sch.split(outer[columns], [None, wide])
-        outer[columns] = column_outer
-        tiled.insert(0, column_inner)
-    sch.reorder(*outer, channel_outer, *tiled)
+    *extents, words = _extents(sch, [*outer, channel])
+    wide, lanes = _tile(next((e for e in reversed(extents) if e > 1), 1), words * unit, target)
+    inner = [_inner_channels(sch, channel, target, unit, lanes, sample)]
+    for axis, limit, size in zip(_last_axes(extents), (16, 4), (wide, 1), strict=False):
+        factors = sch.sample_perfect_tile(outer[axis], 2, limit) if sample else [None, size]
+        outer[axis], inside = sch.split(outer[axis], factors)
+        inner.insert(0, inside)
+    channel_outer, inner[-1] = sch.split(channel, [None, inner[-1]])
+    sch.reorder(*outer, channel_outer, *inner)
     sch.compute_at(main, channel_outer, preserve_unit_loops=True)
 
-    inner = sch.get_loops(main)[len(outer) + 1 :]
-    kinds = [v.iter_type for v in sch.get(main).iter_vars]
-    spatial = [loop for loop, kind in zip(inner, kinds, strict=True) if kind == _DATA_PARALLEL]
-    reduction = [loop for loop, kind in zip(inner, kinds, strict=True) if kind == _REDUCTION]
+    loops = sch.get_loops(main)[len(outer) + 1 :]
+    variables = sch.get(main).iter_vars
+    spatial = [loop for loop, v in zip(loops, variables, strict=True) if v.iter_type == _DATA_PARALLEL]
+    reduction = [loop for loop, v in zip(loops, variables, strict=True) if v.iter_type == _REDUCTION]
     sch.reorder(*reduction, *spatial)
     _share(sch, outer, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
-    for loop in spatial[:-1]:
+    for loop in (*spatial[:-1], *inner[:-1]):
         sch.unroll(loop)
-    if _product(reduced[:-1]) <= 9 and reduced[-1] > 1:
-        for loop in reduction[:-1]:
-            sch.unroll(loop)
+    _unroll_taps(sch, reduction, [int(v.dom.extent) for v in variables if v.iter_type == _REDUCTION], sample)
     sch.vectorize(spatial[-1])
     sch.decompose_reduction(main, reduction[0])
     if not packs:
-        sch.vectorize(channel_inner)
-    if columns is not None:
-        sch.unroll(tiled[0])
+        sch.vectorize(inner[-1])
+
+
+def _last_axes(extents: list[int]) -> list[int]:
+    """The last two axes longer than 1: columns, then rows."""
+    return [i for i in reversed(range(len(extents))) if extents[i] > 1][:2]
+
+
+def _inner_channels(sch: Any, channel: Any, target: Target, unit: int, lanes: int, sample: bool) -> Any:
+    """The extent of the writer's inner channel loop, by the rule or drawn from whole vectors."""
+    steps = int(sch.get(channel).extent)
+    if not sample:
+        return max(1, lanes // unit)
+    sizes = {_largest_divisor(steps, max(1, v * target.lanes // unit)) for v in (1, 2, 4, 8)}
+    return sch.sample_categorical(sorted(sizes), [1 / len(sizes)] * len(sizes))
+
+
+def _unroll_taps(sch: Any, reduction: list[Any], extents: list[int], sample: bool) -> None:
+    """Unroll the window around the loop over words, so that every address is a constant away from the next."""
+    if sample:
+        most = sch.sample_categorical([0, 16, 64, 256], [0.25] * 4)
+        sch.annotate(reduction[0], "pragma_auto_unroll_max_step", most)
+        sch.annotate(reduction[0], "pragma_unroll_explicit", 1)
+    elif _product(extents[:-1]) <= 9 and extents[-1] > 1:
+        for loop in reduction[:-1]:
+            sch.unroll(loop)

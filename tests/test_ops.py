@@ -1,0 +1,338 @@
+"""Every TE operator, scheduled and not, against naive loops over windows; and what each target makes of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import given
+from hypothesis import strategies as st
+from tvm import te, tirx
+
+import targets
+from pipeline.compiler import default_schedule
+from tvm_ops.bitplanes import pack, unpack
+from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d
+from tvm_ops.ops.bitserial_conv2d import Geometry
+from tvm_ops.output_transform import Step, Threshold, apply
+
+SCHEDULED = pytest.mark.parametrize("scheduled", [True, False], ids=["scheduled", "plain"])
+# (batch, channels, filters, geometry)
+CASES = {
+    "1x1 of one channel": (1, 1, 1, Geometry((4, 5), (1, 1))),
+    "dense": (1, 100, 10, Geometry((1, 1), (1, 1))),
+    "dense batch": (5, 64, 33, Geometry((1, 1), (1, 1))),
+    "1x1 strided": (2, 33, 32, Geometry((7, 6), (1, 1), (2, 3))),
+    "3x3": (1, 32, 64, Geometry((8, 8), (3, 3), (1, 1), (1, 1, 1, 1))),
+    "3x3 batch": (3, 31, 10, Geometry((5, 7), (3, 3), (2, 1), (1, 0, 2, 1))),
+    "3x3 wide pads": (1, 33, 33, Geometry((3, 4), (3, 3), (1, 2), (3, 2, 0, 4))),
+    "3x3 dilated": (1, 100, 32, Geometry((9, 8), (3, 3), (1, 1), (2, 1, 2, 3), (2, 3))),
+    "1x3": (2, 64, 1, Geometry((5, 9), (1, 3), (1, 1), (0, 1, 0, 0))),
+    "5x5": (1, 32, 10, Geometry((9, 7), (5, 5), (2, 2), (2, 2, 2, 2))),
+    "5x5 beyond the image": (1, 33, 64, Geometry((2, 3), (5, 5), (1, 1), (2, 2, 2, 2))),
+    "5x3 beyond one side": (2, 1, 33, Geometry((2, 6), (5, 3), (1, 1), (4, 0, 1, 1))),
+}
+CONVOLUTIONS = pytest.mark.parametrize(
+    ("case", "scheduled"),
+    [*((case, True) for case in CASES), *((case, False) for case in list(CASES)[1::3])],  # LLVM takes most of the time
+)
+
+
+def signs(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.choice(np.array([-1, 1], np.int8), shape)
+
+
+def lower(compute: Callable[..., Any], arrays: list[np.ndarray]) -> tuple[tvm.IRModule, np.ndarray]:
+    """The function of placeholders like ``arrays``, and an array for its result."""
+    inputs = [te.placeholder(a.shape, str(a.dtype), f"input{i}") for i, a in enumerate(arrays)]
+    output = compute(*inputs)
+    garbage = np.full([int(extent) for extent in output.shape], 77, str(output.dtype))
+    return tvm.IRModule({"main": te.create_prim_func([*inputs, output])}), garbage
+
+
+def build(mod: tvm.IRModule, target: targets.Target, scheduled: bool = True, threads: int = 1) -> Any:
+    mod = default_schedule(mod, target, threads).mod if scheduled else mod
+    return tirx.build(mod, target=target.tvm_target(threads))
+
+
+def run(compute: Callable[..., Any], arrays: list[np.ndarray], scheduled: bool, **options: Any) -> np.ndarray:
+    """Built for the host and called."""
+    mod, garbage = lower(compute, arrays)
+    return call(build(mod, targets.host(), scheduled, **options), arrays, garbage)
+
+
+def call(library: Any, arrays: list[np.ndarray], garbage: np.ndarray) -> np.ndarray:
+    out = tvm.runtime.tensor(garbage)
+    library["main"](*map(tvm.runtime.tensor, arrays), out)
+    return out.numpy()
+
+
+def windows(geometry: Geometry) -> list[tuple[int, int, list[tuple[int, int, int, int]]]]:
+    """(row, column, [(tap row, tap column, image row, image column)]) of every output, taps outside left out."""
+    found = []
+    (h, w), (kh, kw) = geometry.image, geometry.kernel
+    (sy, sx), (dy, dx), (top, left, bottom, right) = geometry.strides, geometry.dilations, geometry.pads
+    for row in range((top + h + bottom - dy * (kh - 1) - 1) // sy + 1):
+        for column in range((left + w + right - dx * (kw - 1) - 1) // sx + 1):
+            taps = []
+            for ky in range(kh):
+                for kx in range(kw):
+                    y, x = row * sy - top + ky * dy, column * sx - left + kx * dx
+                    if 0 <= y < h and 0 <= x < w:
+                        taps.append((ky, kx, y, x))
+            found.append((row, column, taps))
+    return found
+
+
+def convolution(x: np.ndarray, weight: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Integer sums [N, OH, OW, O] of +-1 [N, H, W, C] and [O, C, KH, KW], zeros around."""
+    positions = windows(geometry)
+    sums = np.zeros((len(x), positions[-1][0] + 1, positions[-1][1] + 1, len(weight)), np.int64)
+    for row, column, taps in positions:
+        for ky, kx, y, at in taps:
+            sums[:, row, column] += x[:, y, at].astype(np.int64) @ weight[:, :, ky, kx].T.astype(np.int64)
+    return sums
+
+
+def transform(rng: np.random.Generator, filters: int, spread: float) -> list[Step]:
+    """Scale, norm and ReLU whose factors may be negative and zero."""
+    scale = rng.choice(np.array([0.25, -0.3, 1e-30, 0.0, 1.0], np.float32), filters)
+    gamma = rng.choice(np.array([1.5, -0.7, 0.1], np.float32), filters)
+    shift = (rng.normal(0, spread / 4, filters) * rng.integers(0, 2, filters)).astype(np.float32)
+    return [Step("mul", scale), Step("max", shift), Step("mul", gamma), Step("add", -shift / 2)]
+
+
+# Bit-serial convolution ------------------------------------------------------------------------------------------
+
+
+@CONVOLUTIONS
+def test_convolution_to_floats(case: str, scheduled: bool, rng: np.random.Generator) -> None:
+    batch, channels, filters, geometry = CASES[case]
+    x, weight = signs(rng, batch, *geometry.image, channels), signs(rng, filters, channels, *geometry.kernel)
+    steps = transform(rng, filters, channels**0.5) if rng.integers(2) else []
+    edge = bitserial_conv2d.border(weight, geometry)
+    sums = convolution(x, weight, geometry)
+    assert geometry.output == sums.shape[1:3]
+    result = run(
+        lambda *t: bitserial_conv2d.compute_float(geometry, edge, steps, *t),
+        [pack(x), bitserial_conv2d.pack_weight(weight), *bitserial_conv2d.float_constants(edge, steps)],
+        scheduled,
+        threads=1 + int(rng.integers(2)),
+    )
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(result, apply(steps, sums.astype(np.float32)))
+
+
+@CONVOLUTIONS
+def test_convolution_to_bits(case: str, scheduled: bool, rng: np.random.Generator) -> None:
+    batch, channels, filters, geometry = CASES[case]
+    x, weight = signs(rng, batch, *geometry.image, channels), signs(rng, filters, channels, *geometry.kernel)
+    steps = transform(rng, filters, (channels * weight[0, 0].size) ** 0.5)
+    words, edge, most = bitserial_conv2d.bit_weight(weight, geometry, steps)
+    result = run(
+        lambda *t: bitserial_conv2d.compute_bits(geometry, edge, *t),
+        [pack(x), words, most],
+        scheduled,
+        threads=1 + int(rng.integers(2)),
+    )
+    expected = apply(steps, convolution(x, weight, geometry).astype(np.float32)) >= 0
+    np.testing.assert_array_equal(result, pack(expected))
+
+
+@SCHEDULED
+def test_sums_beyond_16_bits(scheduled: bool, rng: np.random.Generator) -> None:
+    """5x5x3072 taps that agree, disagree, or nearly so: up to +-76800."""
+    geometry = Geometry((6, 5), (5, 5), (1, 1), (1, 0, 0, 1))
+    x, weight = signs(rng, 1, 6, 5, 3072), signs(rng, 33, 3072, 5, 5)
+    weight[0] = x[0, :5, :5].transpose(2, 0, 1)
+    weight[1] = -weight[0]
+    weight[2] = weight[0]
+    weight[2, 0, 0, 0] *= -1
+    sums = convolution(x, weight, geometry)
+    assert sums[0, 1, 0, :3].tolist() == [76800, -76800, 76798]
+    edge = bitserial_conv2d.border(weight, geometry)
+    constants = bitserial_conv2d.float_constants(edge, [])
+    floats = run(
+        lambda *t: bitserial_conv2d.compute_float(geometry, edge, [], *t),
+        [pack(x), bitserial_conv2d.pack_weight(weight), *constants],
+        scheduled,
+    )
+    np.testing.assert_array_equal(floats, sums)
+    steps = [Step("add", np.resize(np.array([-76800, 76799, -76799], np.float32), 33))]
+    words, edge, most = bitserial_conv2d.bit_weight(weight, geometry, steps)
+    bits = run(lambda *t: bitserial_conv2d.compute_bits(geometry, edge, *t), [pack(x), words, most], scheduled)
+    assert unpack(bits, 33)[0, 1, 0, :3].tolist() == [1, -1, -1]
+    np.testing.assert_array_equal(bits, pack(apply(steps, sums.astype(np.float32)) >= 0))
+
+
+pairs = st.tuples(st.integers(1, 6), st.integers(1, 6))
+small = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@given(pairs, pairs, small, st.tuples(*[st.integers(0, 4)] * 4), small, st.integers(0, 2**32 - 1))
+def test_border_constants(
+    image: tuple[int, int],
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    pads: tuple[int, int, int, int],
+    dilations: tuple[int, int],
+    seed: int,
+) -> None:
+    """dot = border - 2 popcounts over zero-padded words, looked up as kernels do, for any window."""
+    geometry = Geometry(image, kernel, strides, pads, dilations)
+    if min(geometry.output) < 1:
+        return
+    rng = np.random.default_rng(seed)
+    x, weight = signs(rng, 1, *image, 3), signs(rng, 2, 3, *kernel)
+    edge = bitserial_conv2d.border(weight, geometry)
+    counts = np.zeros((*geometry.output, 2), np.int64)
+    for row, column, taps in windows(geometry):
+        inside = {(ky, kx): x[0, y, at] > 0 for ky, kx, y, at in taps}
+        for ky, kx in np.ndindex(*kernel):
+            bits = inside.get((ky, kx), np.zeros(3, bool))
+            counts[row, column] += (bits != (weight[:, :, ky, kx] > 0)).sum(1)
+    row_entry, column_entry = (
+        [int(run.entry(tirx.const(i, "int32"))) if size > 1 else 0 for i in range(extent)]
+        for run, size, extent in zip((edge.rows, edge.columns), edge.values.shape, geometry.output, strict=False)
+    )
+    assert max(row_entry) == edge.values.shape[0] - 1
+    assert max(column_entry) == edge.values.shape[1] - 1
+    constants = edge.values[np.ix_(row_entry, column_entry)]
+    np.testing.assert_array_equal(constants - 2 * counts, convolution(x, weight, geometry)[0])
+
+
+def test_the_border_of_a_padded_3x3_has_3x3_entries(rng: np.random.Generator) -> None:
+    geometry = Geometry((32, 32), (3, 3), (1, 1), (1, 1, 1, 1))
+    assert bitserial_conv2d.border(signs(rng, 4, 8, 3, 3), geometry).values.shape == (3, 3, 4)
+    assert bitserial_conv2d.border(signs(rng, 4, 8, 3, 3), Geometry((32, 32), (3, 3))).values.shape == (1, 1, 4)
+
+
+def test_filters_that_fill_a_word_never_give_a_bit(rng: np.random.Generator) -> None:
+    always = [Step("add", np.full(5, 1e6, np.float32))]
+    words, _, most = bitserial_conv2d.bit_weight(signs(rng, 5, 7, 3, 3), Geometry((4, 4), (3, 3)), always)
+    assert words.shape == (3, 3, 1, 32)
+    assert not words[..., 5:].any()
+    assert (most[..., 5:] == -1).all()
+
+
+def test_a_layer_too_large_for_float32_is_refused() -> None:
+    with pytest.raises(ValueError, match="split the layer"):
+        bitserial_conv2d.bit_weight(np.ones((1, 1 << 24, 1, 1), np.int8), Geometry((1, 1), (1, 1)), [])
+
+
+# Packing floats --------------------------------------------------------------------------------------------------
+
+
+@SCHEDULED
+@pytest.mark.parametrize("bounds", ["low", "low and high"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (1, 32), (2, 3, 5, 33), (1, 2, 2, 64), (1, 4, 3, 100), (2, 2)])
+def test_bitpack(shape: tuple[int, ...], bounds: str, scheduled: bool, rng: np.random.Generator) -> None:
+    special = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45], np.float32)
+
+    def values(*of: int) -> np.ndarray:
+        usual = rng.integers(-3, 4, of).astype(np.float32)  # so that many are equal to their bound
+        return np.where(rng.random(of) < 0.3, rng.choice(special, of), usual)
+
+    x, low, high = values(*shape), values(shape[-1]), values(shape[-1])
+    given_bounds = [low] if bounds == "low" else [low, high]
+    expected = (x >= low) & (x <= high) if bounds == "low and high" else x >= low
+    result = run(bitpack.compute, [x, *given_bounds], scheduled)
+    np.testing.assert_array_equal(result, pack(expected))
+
+
+@pytest.mark.parametrize("descending", [True, False])
+def test_bounds_of_a_threshold(descending: bool, rng: np.random.Generator) -> None:
+    at = np.array([0.0, -0.0, 1.5, -2.5, np.inf, -np.inf, np.nan, 1e-45] * 2, np.float32)
+    flip = np.repeat(np.array([1, -1 if descending else 1], np.int8), 8)
+    x = np.concatenate((at, -at, rng.normal(0, 2, 50).astype(np.float32)))[:, None]
+    constants = bitpack.constants(Threshold(flip, at))
+    assert len(constants) == 1 + descending
+    assert all(c.dtype == np.float32 for c in constants)
+    bits = (x >= constants[0]) & (x <= constants[1] if descending else True)
+    np.testing.assert_array_equal(bits, flip * x >= at)
+
+
+# Max pooling of bits ---------------------------------------------------------------------------------------------
+
+
+@SCHEDULED
+@pytest.mark.parametrize(
+    ("channels", "geometry"),
+    [
+        (1, Geometry((4, 4), (2, 2), (2, 2))),
+        (33, Geometry((7, 5), (3, 3), (2, 2), (1, 1, 1, 1))),
+        (64, Geometry((6, 6), (3, 2), (1, 2), (2, 0, 1, 1))),
+        (100, Geometry((8, 9), (2, 3), (1, 1), (1, 0, 0, 1), (2, 1))),
+        (32, Geometry((5, 6), (5, 6), (5, 6))),
+    ],
+)
+def test_binary_max_pool(channels: int, geometry: Geometry, scheduled: bool, rng: np.random.Generator) -> None:
+    """The maximum of signs; their minimum where a channel descends; what is outside never decides."""
+    x = np.where(rng.random((2, *geometry.image, channels)) < 0.3, 1, -1)
+    x[..., ::3] *= -1
+    descends = rng.random(channels) < 0.5
+    result = run(lambda *t: binary_max_pool2d.compute(geometry, *t), [pack(x), pack(descends)], scheduled)
+    expected = np.zeros((2, *geometry.output, channels), np.int64)
+    for row, column, taps in windows(geometry):
+        window = np.stack([x[:, y, at] for _, _, y, at in taps])
+        expected[:, row, column] = np.where(descends, window.min(0), window.max(0))
+    assert {-1, 1} == set(expected.ravel().tolist()) or channels == 1
+    np.testing.assert_array_equal(result, pack(expected))
+
+
+# Targets ---------------------------------------------------------------------------------------------------------
+
+
+def kernels(rng: np.random.Generator) -> dict[str, tuple[Callable[..., Any], list[np.ndarray], np.ndarray]]:
+    """name -> compute, its inputs and what it should give: one kernel of every operator, wide enough for vectors."""
+    geometry = Geometry((6, 8), (3, 3), (1, 1), (1, 1, 1, 1))
+    x, weight = signs(rng, 1, 6, 8, 64), signs(rng, 64, 64, 3, 3)
+    steps = [Step(op, rng.normal(0, 1, 64).astype(np.float32)) for op in ("mul", "add", "mul", "add")]  # type: ignore[arg-type]
+    edge = bitserial_conv2d.border(weight, geometry)
+    words, bit_edge, most = bitserial_conv2d.bit_weight(weight, geometry, steps)
+    through = apply(steps, convolution(x, weight, geometry).astype(np.float32))
+    floats, low = rng.normal(size=(1, 6, 8, 64)).astype(np.float32), rng.normal(size=64).astype(np.float32)
+    pool = Geometry((6, 8), (2, 2), (2, 2))
+    pooled = x.reshape(1, 3, 2, 4, 2, 64).max((2, 4))
+    return {
+        "bitserial_conv2d": (
+            lambda *t: bitserial_conv2d.compute_float(geometry, edge, steps, *t),
+            [pack(x), bitserial_conv2d.pack_weight(weight), *bitserial_conv2d.float_constants(edge, steps)],
+            through,
+        ),
+        "bitserial_conv2d_bits": (
+            lambda *t: bitserial_conv2d.compute_bits(geometry, bit_edge, *t),
+            [pack(x), words, most],
+            pack(through >= 0),
+        ),
+        "bitpack": (bitpack.compute, [floats, low], pack(floats >= low)),
+        "binary_max_pool2d": (
+            lambda *t: binary_max_pool2d.compute(pool, *t),
+            [pack(x), np.zeros(2, np.uint32)],
+            pack(pooled),
+        ),
+    }
+
+
+KERNELS = ("binary_max_pool2d", "bitpack", "bitserial_conv2d", "bitserial_conv2d_bits")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", targets.names())
+def test_every_target_builds_every_kernel(name: str, kernel: str, rng: np.random.Generator) -> None:
+    compute, arrays, expected = kernels(rng)[kernel]
+    target = targets.load(name)
+    mod, garbage = lower(compute, arrays)
+    library = build(mod, target)
+    assembly = library.inspect_source("asm")
+    if kernel.startswith("bitserial"):
+        counted = "vpopcnt" if "avx512_vpopcntdq" in target.features else {"x86_64": "vpshufb"}[target.machine]
+        assert counted in assembly
+        assert ("zmm" in assembly) == (target.vector_bits == 512)
+        assert not re.search(r"vfn?m(add|sub)", assembly), "a product and a sum were contracted to one rounding"
+    if not target.missing_features():
+        np.testing.assert_array_equal(call(library, arrays, garbage), expected)

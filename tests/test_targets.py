@@ -1,0 +1,143 @@
+"""A contract over every target, the choice of one, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from importlib import import_module
+
+import pytest
+
+import targets
+from targets import Target
+
+NAMES = targets.names()
+# What LLVM calls the flags of /proc/cpuinfo that a record may ask for.
+LLVM_FLAGS = {"avx512_vpopcntdq": "avx512vpopcntdq", "avx512_vnni": "avx512vnni", "avx512_bitalg": "avx512bitalg"}
+
+
+def a_target(**changes: object) -> Target:
+    return dataclasses.replace(targets.load("x86-avx2"), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name: str) -> None:
+    target = targets.load(name)
+    assert target.name == name
+    assert target.triple.startswith(target.machine)
+    assert target.triple.endswith("linux-gnu")
+    assert target.features
+    assert target.features == {flag.strip().lower() for flag in target.features}
+    assert target.lanes * 32 == target.vector_bits
+    assert target.vector_bits in (128, 256, 512)
+    assert len(target.popcount) > 3
+    assert re.search(r"[A-Z]", target.source)
+    module = import_module(f"targets.{name.replace('-', '_')}")
+    assert (inspect.getdoc(module) or "").endswith(".")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_llvm_compiles_for_the_features_that_a_record_names(name: str) -> None:
+    """A feature that is not listed would be used but not checked for; one too many would refuse CPUs in vain."""
+    from tvm.target.codegen import llvm_get_cpu_features
+
+    target = targets.load(name)
+    tvm_target = target.tvm_target(3)
+    attrs = dict(tvm_target.attrs.items())
+    assert (attrs["mtriple"], attrs["mcpu"], list(attrs.get("mattr", ()))) == (
+        target.triple,
+        target.cpu,
+        list(target.attributes),
+    )
+    assert attrs["num-cores"] == 3
+    enabled = set(llvm_get_cpu_features(tvm_target))
+    named = {LLVM_FLAGS.get(flag, flag) for flag in target.features}
+    assert named <= enabled
+    if target.machine == "x86_64":
+        used = {flag for flag in enabled if flag.startswith(("avx", "fma", "bmi2", "popcnt", "sse4a", "xop", "gfni"))}
+        assert named == used - {"avx"}  # every CPU with AVX2 has it
+
+
+def test_records_differ() -> None:
+    records = [targets.load(name) for name in NAMES]
+    keys = {(r.triple, r.cpu, r.attributes) for r in records}
+    assert len(keys) == len(records)
+    assert len({r.features for r in records if r.machine == "x86_64"}) == len(
+        [r for r in records if r.machine == "x86_64"]
+    )
+
+
+def test_names_are_the_files_of_the_folder() -> None:
+    assert sorted(NAMES) == NAMES
+    assert {"x86-avx2", "x86-avx512", "x86-avx512bw"} <= set(NAMES)
+    assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in NAMES)
+
+
+def test_host_is_the_richest_target_that_runs_here() -> None:
+    host = targets.host()
+    assert targets.load("host") == host
+    assert host.missing_features() == []
+    runnable = [t for t in map(targets.load, NAMES) if not t.missing_features()]
+    assert all(len(t.features) <= len(host.features) for t in runnable)
+
+
+def test_missing_features_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import targets._target as module
+
+    target = targets.load("x86-avx512bw")
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(module, "cpu_features", lambda: target.features - {"fma", "avx512vl"} | {"sse"})
+    assert target.missing_features() == ["avx512vl", "fma"]
+    monkeypatch.setattr(module, "cpu_features", lambda: target.features | {"sse"})
+    assert target.missing_features() == []
+    monkeypatch.setattr(module.platform, "machine", lambda: "riscv64")
+    assert target.missing_features() == ["a x86_64 CPU"]
+
+
+def test_a_cpu_without_any_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets._target, "cpu_features", frozenset)
+    with pytest.raises(ValueError, match=r"no target runs on this CPU: the package has .*x86-avx2.* --target"):
+        targets.load("host")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("x86-avx", "x86-avx2"), ("avx512", "x86-avx512"), ("hots", "host"), ("x86_avx2", "x86-avx2")]
+)
+def test_an_unknown_name_gives_the_nearest(wrong: str, near: str) -> None:
+    with pytest.raises(ValueError, match=rf"there is no target '{wrong}': did you mean .*\b{near}\b.* `crossbit targ"):
+        targets.load(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["", "zzzzzzz", "_target", "__init__"])
+def test_a_name_near_to_none_gives_a_sentence_with_names(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"there is no target .*(x86-avx2|host)"):
+        targets.load(wrong)
+
+
+def test_a_cpu_that_llvm_does_not_know_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="target x86-avx2: LLVM does not know the CPU 'x86-64-v9' for x86_64-linux-gnu"
+    ):
+        a_target(cpu="x86-64-v9").tvm_target(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"vector_bits": 100}, "vector_bits = 100 does not hold whole 32-bit words"),
+        ({"vector_bits": 32}, "vector_bits = 32 does not hold whole 32-bit words"),
+        ({"registers": 12}, "registers = 12; a register file has 8, 16 or 32"),
+        ({"attributes": ("avx2",)}, "every attribute starts with + or -"),
+        ({"attributes": ("+avx2", "fma")}, "every attribute starts with + or -"),
+    ],
+)
+def test_a_bad_record_is_refused(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"target x86-avx2: {sentence}")):
+        a_target(**change)
+
+
+def test_facts_about_this_machine() -> None:
+    assert targets.cores() >= 1
+    assert targets.cpu_name()
+    assert all(re.fullmatch(r"\S+", flag) for flag in targets.cpu_features())
