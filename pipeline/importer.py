@@ -53,14 +53,18 @@ def load(path: Path, batch: int = 1) -> tvm.IRModule:
 
     builder = emitter.builder
     with builder.function("main", parameters):
-        with builder.dataflow():
-            for graph_input in graph.inputs:
-                values[str(graph_input.name)] = _to_channels_last(values[str(graph_input.name)], emitter)
-            for node in graph:
-                inputs = [None if v is None else _shared(values, str(v.name), uses, emitter) for v in node.inputs]
-                values[str(node.outputs[0].name)] = _convert(node, emitter, inputs)
-            outputs = [_from_channels_last(values[str(v.name)], emitter) for v in graph.outputs]
-            result = builder.emit_output(outputs if len(outputs) > 1 else outputs[0])
+        try:
+            with builder.dataflow():
+                for graph_input in graph.inputs:
+                    values[str(graph_input.name)] = _to_channels_last(values[str(graph_input.name)], emitter)
+                for node in graph:
+                    inputs = [None if v is None else _shared(values, str(v.name), uses, emitter) for v in node.inputs]
+                    values[str(node.outputs[0].name)] = _convert(node, emitter, inputs)
+                outputs = [_from_channels_last(values[str(v.name)], emitter) for v in graph.outputs]
+                result = builder.emit_output(outputs if len(outputs) > 1 else outputs[0])
+        except ValueError:
+            builder._end_block()  # TVM leaves it open, and warns of that on the terminal
+            raise
         builder.emit_func_output(result)
     return builder.get()
 
@@ -336,6 +340,20 @@ def _average_pool(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     return _real(e, pooled, (*inputs[0].shape[:2], *g.output))
 
 
+def _pad(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
+    x, pads, fill, axes = [*inputs, None, None][:4]
+    rank = len(x.shape)
+    if a.get("mode", "constant") != "constant" or (pads.array < 0).any():
+        raise ValueError("only padding with a constant is supported")
+    padded = range(rank) if axes is None else [int(i) % rank for i in axes.array]
+    widths = [[0, 0] for _ in range(rank)]
+    for axis, width in zip(padded, pads.array.reshape(2, -1).T.tolist(), strict=True):
+        widths[axis] = width
+    lying = [side for i in ((0, 2, 3, 1) if rank == 4 else range(rank)) for side in widths[i]]
+    out = relax.op.nn.pad(x.real(), lying, "constant", 0.0 if fill is None else float(fill.array))
+    return _real(e, out, [extent + sum(width) for extent, width in zip(x.shape, widths, strict=True)])
+
+
 def _global_average_pool(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
     mean = relax.op.mean(inputs[0].real(), [1, 2], keepdims=True)
     return _real(e, mean, (*inputs[0].shape[:2], 1, 1))
@@ -409,6 +427,7 @@ OPERATORS: dict[str, Handler] = {
     "Dropout": _identity,
     "MaxPool": _max_pool,
     "AveragePool": _average_pool,
+    "Pad": _pad,
     "GlobalAveragePool": _global_average_pool,
     "ReduceMean": _reduce_mean,
     "Flatten": _flatten,

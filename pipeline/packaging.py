@@ -46,7 +46,7 @@ def compile_network(
         executable.export_library(str(content / artifact.LIBRARY))
         artifact.save_golden(content / artifact.GOLDEN, inputs, outputs)
         if records is not None:
-            shutil.copytree(records, content / artifact.RECORDS, ignore=shutil.ignore_patterns("logs"))
+            shutil.copytree(records, content / artifact.RECORDS, ignore=shutil.ignore_patterns("*.log"))
         manifest = Manifest(
             schema_version=artifact.SCHEMA,
             name=folder.name,

@@ -25,7 +25,7 @@ from pipeline import compiler
 from targets import Target, cores
 from tvm_ops import schedule_cpu
 
-_IDENTITY = "target.json"
+_IDENTITY, _LOG = "target.json", "tune.log"
 
 
 @dataclass(frozen=True)
@@ -90,54 +90,94 @@ def tune(
         check_records(records, target, threads)
     else:
         (records / _IDENTITY).write_text(json.dumps(_identity(target, threads)))
-    _quiet()
-    tvm_target = target.tvm_target(threads)
-    database = ms.database.JSONDatabase(work_dir=str(records))
-    tasks = [t for t in ms.relax_integration.extract_tasks(mod, tvm_target) if schedule_cpu.has_reduction(t.mod)]
-    before = [_stored(database, task) for task in tasks]
-    budgets = [max(0, trials - len(stored)) for stored in before]
-    total, done = sum(budgets), 0
-    builder = ms.builder.LocalBuilder(f_build=_build, timeout_sec=60, max_workers=cores())
-    evaluator = ms.runner.EvaluatorConfig(number=3, repeat=3, min_repeat_ms=10)
-    runner = ms.runner.LocalRunner(timeout_sec=60, evaluator_config=evaluator)
-    cost_model = ms.cost_model.XGBModel(
-        num_warmup_samples=16, extractor=ms.feature_extractor.PerStoreFeature(), num_tuning_cores=cores()
-    )
-    strategy = ms.search_strategy.EvolutionarySearch(population_size=128, init_min_unmeasured=16, genetic_num_iters=2)
-    space = ms.space_generator.ScheduleFn(
-        lambda sch: schedule_cpu.schedule(sch, target, threads, sample=True),
-        sch_rules=[],
-        postprocs=[],
-        mutator_probs={ms.mutator.MutateTileSize(): 1.0},
-    )
-    for task, budget, stored in zip(tasks, budgets, before, strict=True):
-        if not stored:
-            _measure_default(task, target, threads, tvm_target, database, builder, runner)
-            budget -= 1
-            done += 1
-            on_trial(task.task_name, done, total)
-        if budget <= 0:
-            continue
+    run = _Run(target, threads, records, seed)
+    tasks = [t for t in ms.relax_integration.extract_tasks(mod, run.tvm_target) if schedule_cpu.has_reduction(t.mod)]
+    done = sum(min(trials, len(run.stored(task))) for task in tasks)
+    for task in tasks:
+        stored = len(run.stored(task))
+        before = done
 
         def progress(count: int, task: Any = task) -> None:
             nonlocal done
             done += count
-            on_trial(task.task_name, done, total)
+            on_trial(task.task_name, done, trials * len(tasks))
 
+        if not stored:
+            run.measure_default(task)
+            progress(1)
+        if trials > max(1, stored):
+            run.search(task, trials - max(1, stored), progress)
+        progress(before + max(0, trials - stored) - done)  # a small space may have run out
+    return [run.summary(task) for task in tasks]
+
+
+class _Run:
+    """MetaSchedule's parts, made once for all kernels."""
+
+    def __init__(self, target: Target, threads: int, records: Path, seed: int) -> None:
+        self.target, self.threads, self.seed = target, threads, seed
+        self.tvm_target = target.tvm_target(threads)
+        self.records = records
+        self.logger = _log_to(records / _LOG)
+        self.database = ms.database.JSONDatabase(work_dir=str(records))
+        self.builder = ms.builder.LocalBuilder(f_build=_build, timeout_sec=60, max_workers=cores())
+        evaluator = ms.runner.EvaluatorConfig(number=3, repeat=3, min_repeat_ms=10)
+        self.runner = ms.runner.LocalRunner(timeout_sec=60, evaluator_config=evaluator)
+        self.cost_model = ms.cost_model.XGBModel(
+            num_warmup_samples=16, extractor=ms.feature_extractor.PerStoreFeature(), num_tuning_cores=cores()
+        )
+
+    def stored(self, task: Any) -> list[Any]:
+        """The records of a task, in the order of measurement; the first is the default schedule's."""
+        workload = self.database.commit_workload(task.dispatched[0])
+        return [r for r in self.database.get_all_tuning_records() if r.workload.same_as(workload)]
+
+    def measure_default(self, task: Any) -> None:
+        """Store the default schedule as the first record of a task."""
+        mod = task.dispatched[0]
+        sch = compiler.default_schedule(mod, self.target, self.threads)
+        (built,) = self.builder.build([ms.builder.BuilderInput(sch.mod, self.tvm_target)])
+        if built.error_msg is not None:
+            raise RuntimeError(f"the default schedule of {task.task_name} does not build: {built.error_msg}")
+        arguments = ms.arg_info.ArgInfo.from_prim_func(mod["main"])
+        (future,) = self.runner.run([ms.runner.RunnerInput(built.artifact_path, "cpu", arguments)])
+        result = future.result()
+        if result.error_msg is not None:
+            raise RuntimeError(f"the default schedule of {task.task_name} does not run: {result.error_msg}")
+        workload = self.database.commit_workload(mod)
+        record = ms.database.TuningRecord(sch.trace, workload, result.run_secs, self.tvm_target, arguments)
+        self.database.commit_tuning_record(record)
+
+    def search(self, task: Any, trials: int, progress: Callable[[int], None]) -> None:
+        """Measure ``trials`` more candidates of a task."""
         with _no_tensor_intrinsics():
-            contexts, weights = ms.relax_integration.extracted_tasks_to_tune_contexts(
-                [task], str(records), space, strategy, seed=seed, num_threads=cores()
-            )
+            context = ms.TuneContext(
+                mod=task.dispatched[0],
+                target=self.tvm_target,
+                space_generator=ms.space_generator.ScheduleFn(
+                    lambda sch: schedule_cpu.schedule(sch, self.target, self.threads, sample=True),
+                    sch_rules=[],
+                    postprocs=[],
+                    mutator_probs={ms.mutator.MutateTileSize(): 1.0},
+                ),
+                search_strategy=ms.search_strategy.EvolutionarySearch(
+                    population_size=128, init_min_unmeasured=16, genetic_num_iters=2
+                ),
+                task_name=task.task_name,
+                logger=self.logger,
+                rand_state=self.seed,
+                num_threads=cores(),
+            ).clone()
         ms.tune.tune_tasks(
-            tasks=contexts,
-            task_weights=weights,
-            work_dir=str(records),
-            max_trials_global=budget,
-            num_trials_per_iter=min(16, budget),
-            builder=builder,
-            runner=runner,
-            database=database,
-            cost_model=cost_model,
+            tasks=[context],
+            task_weights=[task.weight],
+            work_dir=str(self.records),
+            max_trials_global=trials,
+            num_trials_per_iter=min(16, trials),
+            builder=self.builder,
+            runner=self.runner,
+            database=self.database,
+            cost_model=self.cost_model,
             measure_callbacks=[
                 ms.measure_callback.AddToDatabase(),
                 ms.measure_callback.UpdateCostModel(),
@@ -145,7 +185,11 @@ def tune(
                 _Progress(progress),
             ],
         )
-    return [_summary(database, task) for task in tasks]
+
+    def summary(self, task: Any) -> Tuned:
+        """What is known of a task."""
+        seconds = [_seconds(record) for record in self.stored(task)]
+        return Tuned(task.task_name, seconds[0] * 1e6, min(seconds) * 1e6, len(seconds))
 
 
 @contextmanager
@@ -164,37 +208,9 @@ def _no_tensor_intrinsics() -> Iterator[None]:
             del sys.modules[name]
 
 
-def _stored(database: Any, task: Any) -> list[Any]:
-    """The records of a task, in the order of measurement; the first is the default schedule's."""
-    workload = database.commit_workload(task.dispatched[0])
-    return [r for r in database.get_all_tuning_records() if r.workload.same_as(workload)]
-
-
 def _seconds(record: Any) -> float:
     seconds = [float(s) for s in record.run_secs or []]
     return sum(seconds) / len(seconds) if seconds else float("inf")
-
-
-def _summary(database: Any, task: Any) -> Tuned:
-    seconds = [_seconds(record) for record in _stored(database, task)]
-    return Tuned(task.task_name, seconds[0] * 1e6, min(seconds) * 1e6, len(seconds))
-
-
-def _measure_default(
-    task: Any, target: Target, threads: int, tvm_target: Any, database: Any, builder: Any, runner: Any
-) -> None:
-    """Store the default schedule as the first record of a task."""
-    sch = compiler.default_schedule(task.dispatched[0], target, threads)
-    (built,) = builder.build([ms.builder.BuilderInput(sch.mod, tvm_target)])
-    if built.error_msg is not None:
-        raise RuntimeError(f"the default schedule of {task.task_name} does not build: {built.error_msg}")
-    arguments = ms.arg_info.ArgInfo.from_prim_func(task.dispatched[0]["main"])
-    (future,) = runner.run([ms.runner.RunnerInput(built.artifact_path, "cpu", arguments)])
-    result = future.result()
-    if result.error_msg is not None:
-        raise RuntimeError(f"the default schedule of {task.task_name} does not run: {result.error_msg}")
-    workload = database.commit_workload(task.dispatched[0])
-    database.commit_tuning_record(ms.database.TuningRecord(sch.trace, workload, result.run_secs, tvm_target, arguments))
 
 
 @derived_object
@@ -219,7 +235,13 @@ def _build(mod: tvm.IRModule, target: Any, params: Any) -> Any:
     return build(RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(mod), target=target)
 
 
-def _quiet() -> None:
-    """MetaSchedule's tables go to the log files in the records folder, not to the terminal."""
-    for name in ("tvm.s_tir.meta_schedule", "tvm.meta_schedule"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def _log_to(file: Path) -> logging.Logger:
+    """MetaSchedule's tables go to a file beside the records, not to the terminal."""
+    logger = logging.getLogger("tvm.s_tir.meta_schedule")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    logger.addHandler(logging.FileHandler(file))
+    return logger.getChild("crossbit")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import targets
 from pipeline import compiler, importer
 from pipeline.export import export
 from pipeline.packaging import oracle
+
+# torch reads the source of its 497 translations for every export: half of its time, so here once a process.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[assignment]
 
 
 def randomise(model: nn.Module, rng: np.random.Generator) -> nn.Module:
