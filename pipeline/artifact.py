@@ -114,8 +114,13 @@ def write(folder: Path, manifest: Manifest, content: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
     os.rename(folder, old / "artifact")
-    os.rename(content, folder)
-    shutil.rmtree(old)
+    try:
+        os.rename(content, folder)
+    except OSError:
+        os.rename(old / "artifact", folder)
+        raise
+    finally:
+        shutil.rmtree(old)
 
 
 def read(folder: Path) -> Manifest:

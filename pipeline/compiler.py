@@ -8,6 +8,7 @@ from typing import Any
 import tvm
 from tvm import relax
 from tvm.s_tir import Schedule
+from tvm.s_tir import meta_schedule as ms
 
 from targets import Target
 from tvm_ops.schedule_cpu import schedule
@@ -43,8 +44,8 @@ def build(mod: tvm.IRModule, target: Target, threads: int, records: Path | None 
     """
     tvm_target = target.tvm_target(threads)
     if records is not None:
-        with tvm_target:
-            mod = relax.transform.MetaScheduleApplyDatabase(str(records))(mod)
+        with tvm_target, ms.database.JSONDatabase(work_dir=str(records)):
+            mod = relax.transform.MetaScheduleApplyDatabase()(mod)
     mod = mod.clone()
     kernels = {name: f for name, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
     untuned = {name: f for name, f in kernels.items() if not (f.attrs and f.attrs.get("tirx.is_scheduled", False))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -25,6 +26,7 @@ def export(model: nn.Module, input_shape: tuple[int, ...], path: Path) -> nn.Mod
     """
     deployed = deploy(model)
     example = torch.zeros(2, *input_shape)  # a batch of 1 would be taken for a constant
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which we do not use
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

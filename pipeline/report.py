@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline import inspection
 from pipeline.artifact import MANIFEST, Manifest
 from pipeline.bench import Bench, Measurement
 
+T = TypeVar("T")
 _COLOURS = {"float": "#8c8c8c", "onnxruntime": "#8c8c8c", "crossbit": "#1b6ca8", "binary": "#1b6ca8"}
 
 
@@ -38,11 +39,11 @@ def write(folder: Path, path: Path) -> None:
     """
     from jinja2 import Environment, PackageLoader, select_autoescape
 
-    trainings = [_training(file) for file in sorted(folder.rglob("result.json"))]
+    trainings = [_read(file, _training) for file in sorted(folder.rglob("result.json"))]
     bench_file = folder / "bench.json"
-    bench = Bench.model_validate_json(bench_file.read_text()) if bench_file.is_file() else None
+    bench = _read(bench_file, lambda f: Bench.model_validate_json(f.read_text())) if bench_file.is_file() else None
     artifacts = [
-        (str(file.parent.relative_to(folder)), Manifest.model_validate_json(file.read_text()))
+        (str(file.parent.relative_to(folder)), _read(file, lambda f: Manifest.model_validate_json(f.read_text())))
         for file in sorted(folder.rglob(MANIFEST))
     ]
     if not (trainings or bench or artifacts):
@@ -57,6 +58,13 @@ def write(folder: Path, path: Path) -> None:
         plots=[*_training_plots(trainings), *([_latency_plot(bench.measurements)] if bench else [])],
     )
     path.write_text(page)
+
+
+def _read(file: Path, parse: Callable[[Path], T]) -> T:
+    try:
+        return parse(file)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: this crossbit did not write it; move it out of the folder") from error
 
 
 def _training(file: Path) -> Training:

@@ -128,7 +128,7 @@ class _Run:
         )
 
     def stored(self, task: Any) -> list[Any]:
-        """The records of a task, in the order of measurement; the first is the default schedule's."""
+        """The records of a task."""
         workload = self.database.commit_workload(task.dispatched[0])
         return [r for r in self.database.get_all_tuning_records() if r.workload.same_as(workload)]
 
@@ -188,8 +188,9 @@ class _Run:
 
     def summary(self, task: Any) -> Tuned:
         """What is known of a task."""
-        seconds = [_seconds(record) for record in self.stored(task)]
-        return Tuned(task.task_name, seconds[0] * 1e6, min(seconds) * 1e6, len(seconds))
+        records = self.stored(task)
+        default = min(_seconds(r) for r in records if not r.trace.decisions)  # nothing was drawn for it
+        return Tuned(task.task_name, default * 1e6, min(map(_seconds, records)) * 1e6, len(records))
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import difflib
 import pkgutil
 from importlib import import_module
 
-from targets._target import Target, cores, cpu_features, cpu_name
+from targets._target import ByteCounter, Target, cores, cpu_features, cpu_name
 
-__all__ = ["Target", "cores", "cpu_features", "cpu_name", "host", "load", "names"]
+__all__ = ["ByteCounter", "Target", "cores", "cpu_features", "cpu_name", "host", "load", "names"]
 
 
 def names() -> list[str]:

@@ -11,6 +11,32 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class ByteCounter:
+    """The instructions that `tvm_ops.adder_network` uses where there is no vector popcount.
+
+    Attributes:
+        lanes: 32-bit lanes of its vectors.
+        ternary_logic: LLVM's intrinsic of any function of three words, or '' where there is none.
+        pair_sum, quad_sum: LLVM's intrinsics that sum products of neighbouring bytes, then of 16-bit words.
+    """
+
+    name: str
+    lanes: int
+    ternary_logic: str
+    pair_sum: str
+    quad_sum: str
+
+    def sum_bytes(self, octets: Any) -> Any:
+        """The sum of the four bytes of every lane: uint8x(4 lanes) -> int32x(lanes); a sum of two fits 16 bits."""
+        from tvm import tirx
+
+        ones8 = tirx.Broadcast(tirx.const(1, "int8"), 4 * self.lanes)
+        ones16 = tirx.Broadcast(tirx.const(1, "int16"), 2 * self.lanes)
+        pairs = tirx.call_llvm_pure_intrin(f"int16x{2 * self.lanes}", self.pair_sum, octets, ones8)
+        return tirx.call_llvm_pure_intrin(f"int32x{self.lanes}", self.quad_sum, pairs, ones16)
+
+
+@dataclass(frozen=True)
 class Target:
     """A CPU family as facts. Schedules read these fields and never the name.
 
@@ -21,6 +47,7 @@ class Target:
         vector_bits: width of a vector register.
         registers: how many vector registers there are.
         popcount: how a vector of words is counted.
+        byte_counter: what to count with instead, if that is slow.
         source: where the numbers are from.
     """
 
@@ -34,6 +61,7 @@ class Target:
     registers: int
     popcount: str
     source: str
+    byte_counter: ByteCounter | None = None
 
     def __post_init__(self) -> None:
         if self.vector_bits % 32 or self.vector_bits < 64:

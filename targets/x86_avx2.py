@@ -1,6 +1,6 @@
 """x86-64 with AVX2: what every desktop and server core since 2013 (Haswell, Zen 1) runs."""
 
-from targets._target import Target
+from targets._target import ByteCounter, Target
 
 TARGET = Target(
     name="x86-avx2",
@@ -11,6 +11,13 @@ TARGET = Target(
     features=frozenset({"avx2", "fma", "bmi2", "popcnt"}),
     vector_bits=256,
     registers=16,
-    popcount="nibble table (vpshufb), widened to words",
+    popcount="full adders, nibble table (vpshufb)",
     source="x86-64 psABI, micro-architecture level v3",
+    byte_counter=ByteCounter(
+        name="avx2",
+        lanes=8,
+        ternary_logic="",
+        pair_sum="llvm.x86.avx2.pmadd.ub.sw",
+        quad_sum="llvm.x86.avx2.pmadd.wd",
+    ),
 )

@@ -1,6 +1,6 @@
 """x86-64 with AVX-512 but no vector popcount: Skylake-X, Cascade Lake, Cooper Lake."""
 
-from targets._target import Target
+from targets._target import ByteCounter, Target
 
 TARGET = Target(
     name="x86-avx512bw",
@@ -11,6 +11,13 @@ TARGET = Target(
     features=frozenset({"avx2", "fma", "bmi2", "popcnt", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
     vector_bits=512,
     registers=32,
-    popcount="nibble table (vpshufb), widened to words",
+    popcount="full adders (vpternlogd), nibble table (vpshufb)",
     source="Intel SDM vol. 1 ch. 15; x86-64 psABI level v4",
+    byte_counter=ByteCounter(
+        name="avx512bw",
+        lanes=16,
+        ternary_logic="llvm.x86.avx512.pternlog.d.512",
+        pair_sum="llvm.x86.avx512.pmaddubs.w.512",
+        quad_sum="llvm.x86.avx512.pmaddw.d.512",
+    ),
 )

@@ -12,9 +12,11 @@ import tvm
 from hypothesis import given
 from hypothesis import strategies as st
 from tvm import te, tirx
+from tvm.s_tir import Schedule
 
 import targets
 from pipeline.compiler import default_schedule
+from tvm_ops import schedule_cpu
 from tvm_ops.bitplanes import pack, unpack
 from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d
 from tvm_ops.ops.bitserial_conv2d import Geometry
@@ -284,7 +286,7 @@ def test_binary_max_pool(channels: int, geometry: Geometry, scheduled: bool, rng
     np.testing.assert_array_equal(result, pack(expected))
 
 
-# Targets ---------------------------------------------------------------------------------------------------------
+# Search space and targets ------------------------------------------------------------------------------------------
 
 
 def kernels(rng: np.random.Generator) -> dict[str, tuple[Callable[..., Any], list[np.ndarray], np.ndarray]]:
@@ -319,6 +321,23 @@ def kernels(rng: np.random.Generator) -> dict[str, tuple[Callable[..., Any], lis
 
 
 KERNELS = ("binary_max_pool2d", "bitpack", "bitserial_conv2d", "bitserial_conv2d_bits")
+
+
+@pytest.mark.parametrize("draw", range(3))
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "bitpack"])
+def test_every_schedule_that_tuning_draws_gives_the_same(kernel: str, draw: int, rng: np.random.Generator) -> None:
+    compute, arrays, expected = kernels(rng)[kernel]
+    mod, garbage = lower(compute, arrays)
+    sch = Schedule(mod, seed=int(rng.integers(1, 1 << 30)))
+    schedule_cpu.schedule(sch, targets.host(), 1 + draw % 2, sample=True)
+    assert sch.trace.decisions
+    print(sch.trace)
+    np.testing.assert_array_equal(call(build(sch.mod, targets.host(), scheduled=False), arrays, garbage), expected)
+
+
+def test_only_reductions_are_worth_a_search(rng: np.random.Generator) -> None:
+    searched = {name: schedule_cpu.has_reduction(lower(*of[:2])[0]) for name, of in kernels(rng).items()}
+    assert searched == {name: name != "bitpack" for name in KERNELS}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

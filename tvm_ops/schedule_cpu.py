@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from targets import Target
+from targets import ByteCounter, Target
+from tvm_ops import adder_network
 from tvm_ops.bitplanes import WORD_BITS
-from tvm_ops.ops import bitpack
+from tvm_ops.ops import bitpack, bitserial_conv2d
 
 _DATA_PARALLEL, _REDUCTION = 0, 2
 # A fork and join of TVM's thread pool takes some 5 us, in which a core does about this many vector operations.
@@ -148,15 +149,44 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     variables = sch.get(main).iter_vars
     spatial = [loop for loop, v in zip(loops, variables, strict=True) if v.iter_type == _DATA_PARALLEL]
     reduction = [loop for loop, v in zip(loops, variables, strict=True) if v.iter_type == _REDUCTION]
-    sch.reorder(*reduction, *spatial)
     _share(sch, outer, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
+    window = _window(sch, main, target, lanes)
+    if window is not None and target.byte_counter is not None:
+        _count_bytes(sch, main, spatial, reduction, window, target.byte_counter)
+    else:
+        sch.reorder(*reduction, *spatial)
+        _unroll_taps(sch, reduction, [int(v.dom.extent) for v in variables if v.iter_type == _REDUCTION], sample)
+        sch.vectorize(spatial[-1])
+        sch.decompose_reduction(main, reduction[0])
     for loop in (*spatial[:-1], *inner[:-1]):
         sch.unroll(loop)
-    _unroll_taps(sch, reduction, [int(v.dom.extent) for v in variables if v.iter_type == _REDUCTION], sample)
-    sch.vectorize(spatial[-1])
-    sch.decompose_reduction(main, reduction[0])
     if not packs:
         sch.vectorize(inner[-1])
+
+
+def _window(sch: Any, main: Any, target: Target, lanes: int) -> adder_network.Window | None:
+    """The window of a bit-serial sum that the target counts by adders; None where it does not, or for odd channels."""
+    block, counter = sch.get(main), target.byte_counter
+    if counter is None or block.name_hint != bitserial_conv2d.BLOCK or lanes % counter.lanes:
+        return None
+    kh, kw, words = (int(v.dom.extent) for v in block.iter_vars if v.iter_type == _REDUCTION)
+    dilations = tuple(int(d) for d in block.annotations["dilations"])
+    return adder_network.window((kh, kw), words, (dilations[0], dilations[1]))
+
+
+def _count_bytes(
+    sch: Any, main: Any, spatial: list[Any], reduction: list[Any], window: adder_network.Window, counter: ByteCounter
+) -> None:
+    """One pixel and one vector of filters at a time, a window of words each."""
+    ry, rx, rk = reduction
+    vectors, lane = sch.split(spatial[-1], [None, counter.lanes])
+    rows, ry = sch.split(ry, [None, window.height])
+    words, rk = sch.split(rk, [None, window.words])
+    sch.reorder(rows, words, *spatial[:-1], vectors, ry, rx, rk, lane)
+    sch.unroll(vectors)
+    initial = sch.decompose_reduction(main, rows)
+    sch.vectorize(sch.get_loops(initial)[-1])
+    sch.tensorize(ry, adder_network.intrinsic(counter, window))
 
 
 def _last_axes(extents: list[int]) -> list[int]:

@@ -26,6 +26,9 @@ from tvm_ops.bitplanes import WORD_BITS, pack
 from tvm_ops.ops import bitpack
 from tvm_ops.output_transform import Step
 
+BLOCK = "popcounts"
+"""The TIR block of the sum, by which schedules know it."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -128,7 +131,8 @@ def popcounts(x: Any, weight: Any, geometry: Geometry) -> Any:
         word = x[n, h * sy + ry * dy, w * sx + rx * dx, rk] ^ weight[ry, rx, rk, o]
         return te.sum(tirx.popcount(word).astype("int32"), axis=[ry, rx, rk])
 
-    return te.compute((x.shape[0], *geometry.output, filters), differing, name="popcounts")
+    attributes = {"dilations": list(geometry.dilations)}
+    return te.compute((x.shape[0], *geometry.output, filters), differing, name=BLOCK, attrs=attributes)
 
 
 def float_constants(edge: Border, steps: Sequence[Step]) -> list[NDArray[Any]]:

@@ -1,0 +1,194 @@
+"""Tuning: records that appear once, are used, change no result, and are refused where they do not belong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from networks import dyadic, randomise
+from torch import nn
+
+import targets
+from pipeline import compiler, importer, session, tune
+from pipeline.export import export
+from pipeline.layers import QuantConv2d
+from pipeline.packaging import compile_network, oracle
+from pipeline.session import Session
+from pipeline.tune import Tuned, check_records, records_folder
+
+TRIALS = 2
+ONE_WORKER = pytest.mark.xdist_group("tune")  # heeded with `--dist loadgroup`; else each worker tunes for itself
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What is stored, without logs."""
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix == ".json"}
+
+
+class Run:
+    """One tuning of a small network whose one convolution writes bits and whose other writes floats."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = folder / "model.onnx"
+        self.target = targets.host()
+        self.records = records_folder(folder / "records", self.target, 1)
+        network = nn.Sequential(
+            nn.BatchNorm2d(32),
+            QuantConv2d(32, 64, 3, padding=1, group=16),
+            nn.BatchNorm2d(64),
+            QuantConv2d(64, 32, 1, group=16),
+        )
+        export(randomise(network, np.random.default_rng(0)), (32, 8, 8), self.model)
+
+    def again(self, trials: int = TRIALS) -> tuple[list[Tuned], list[tuple[str, int, int]]]:
+        """Tune; also what was told while at it."""
+        told: list[tuple[str, int, int]] = []
+        lowered = compiler.lower(importer.load(self.model))
+        tuned = tune.tune(lowered, self.target, 1, self.records, trials, 0, lambda *event: told.append(event))
+        return tuned, told
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[Tuned], list[tuple[str, int, int]]]:
+    """A network and its first tuning."""
+    made = Run(tmp_path_factory.mktemp("tune"))
+    return made, *made.again()
+
+
+Tuning = tuple[Run, list[Tuned], list[tuple[str, int, int]]]
+
+
+@pytest.mark.slow
+@ONE_WORKER
+def test_every_kernel_has_records_and_none_got_slower(run: Tuning) -> None:
+    made, tuned, told = run
+    assert {k.kernel for k in tuned} == {"bitserial_conv2d", "bitserial_conv2d_bits"}
+    for kernel in tuned:
+        assert 0 < kernel.best_us <= kernel.default_us < 1e6
+        assert 1 <= kernel.trials <= TRIALS
+    assert json.loads((made.records / "target.json").read_text()) == {"target": made.target.name, "threads": 1}
+    assert len((made.records / "database_tuning_record.json").read_text().splitlines()) == sum(k.trials for k in tuned)
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert {total for *_, total in told} == {TRIALS * len(tuned)}
+    assert told[-1][1] == TRIALS * len(tuned)
+
+
+@pytest.mark.slow
+@ONE_WORKER
+def test_a_second_call_measures_nothing_and_a_larger_one_goes_on(run: Tuning) -> None:
+    made, tuned, _ = run
+    before = files(made.records)
+    again, _ = made.again()
+    assert again == tuned
+    assert files(made.records) == before
+    more, told = made.again(TRIALS + 1)
+    assert told[-1][1] == (TRIALS + 1) * len(tuned)
+    for kernel, first in zip(more, tuned, strict=True):
+        assert (kernel.kernel, kernel.default_us) == (first.kernel, first.default_us)
+        assert kernel.best_us <= first.best_us
+        assert first.trials <= kernel.trials <= TRIALS + 1
+    for name, content in before.items():
+        assert (made.records / name).read_bytes().startswith(content)
+
+
+@pytest.mark.slow
+@ONE_WORKER
+def test_tuned_kernels_give_the_same_bits(run: Tuning, rng: np.random.Generator, tmp_path: Path) -> None:
+    made, tuned, _ = run
+    plain = compile_network(made.model, tmp_path / "plain", made.target, 1)
+    manifest = compile_network(made.model, tmp_path / "tuned", made.target, 1, records=made.records)
+    assert plain.tuned_kernels == 0
+    assert manifest.tuned_kernels == len(tuned)
+    assert manifest.kernels == plain.kernels
+    assert session.verify(tmp_path / "tuned").error == 0
+    copied = {name for name in manifest.files if name.startswith("records/")}
+    assert copied >= {f"records/{name}" for name in files(made.records)}
+    assert not [name for name in copied if name.startswith("records/logs")]
+    check_records(tmp_path / "tuned" / "records", made.target, 1)
+    x = dyadic(rng, (1, 32, 8, 8))
+    (expected,) = oracle(made.model).run(None, {"x": x})
+    for name in ("plain", "tuned"):
+        np.testing.assert_array_equal(Session(tmp_path / name).run({"x": x})["y"], expected)
+
+
+@pytest.mark.slow
+@ONE_WORKER
+def test_records_do_not_serve_another_batch(run: Tuning, tmp_path: Path) -> None:
+    """Other shapes are other kernels."""
+    made, _, _ = run
+    manifest = compile_network(made.model, tmp_path / "two", made.target, 1, batch=2, records=made.records)
+    assert manifest.tuned_kernels == 0
+    assert session.verify(tmp_path / "two").error == 0
+
+
+@pytest.mark.slow
+@ONE_WORKER
+def test_the_command(run: Tuning, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline import cli
+
+    made, tuned, _ = run
+    arguments = ["tune", str(made.model), "--trials", "1", "--records", str(made.records.parent), "--json"]
+    before = files(made.records)
+    monkeypatch.setattr("sys.argv", ["crossbit", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    printed: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    assert [kernel["kernel"] for kernel in printed] == [kernel.kernel for kernel in tuned]
+    assert [kernel["default_us"] for kernel in printed] == [kernel.default_us for kernel in tuned]
+    assert files(made.records) == before
+
+
+# Refusals, which measure nothing -----------------------------------------------------------------------------------
+
+
+def records_for(folder: Path, target: str, threads: int) -> Path:
+    folder.mkdir()
+    (folder / "target.json").write_text(json.dumps({"target": target, "threads": threads}))
+    return folder
+
+
+def test_a_folder_belongs_to_a_target_and_its_threads() -> None:
+    names = {
+        records_folder(Path("records"), targets.load(name), threads) for name in targets.names() for threads in (1, 2)
+    }
+    assert len(names) == 2 * len(targets.names())
+    assert Path("records/x86-avx2-4t") == records_folder(Path("records"), targets.load("x86-avx2"), 4)
+
+
+@pytest.mark.parametrize(("target", "threads"), [("x86-avx2", 2), ("x86-avx512", 1), ("gone", 1)])
+def test_records_of_another_target_or_thread_count_are_refused(
+    target: str, threads: int, small_model: Path, tmp_path: Path
+) -> None:
+    folder, wanted = records_for(tmp_path / "records", target, threads), targets.load("x86-avx2")
+    sentence = f"records: these records are for {target} with {threads} threads, not for x86-avx2 with 1"
+    with pytest.raises(ValueError, match=sentence):
+        check_records(folder, wanted, 1)
+    with pytest.raises(ValueError, match=sentence):
+        compile_network(small_model, tmp_path / "artifact", wanted, 1, records=folder)
+    assert [f.name for f in tmp_path.iterdir()] == ["records"]
+
+
+def test_tuning_does_not_touch_the_records_of_another_target(small_model: Path, tmp_path: Path) -> None:
+    folder = records_for(tmp_path / "records", "gone", 1)
+    lowered = compiler.lower(importer.load(small_model))
+    with pytest.raises(ValueError, match="these records are for gone with 1 threads"):
+        tune.tune(lowered, targets.host(), 1, folder, 2, 0)
+    assert [f.name for f in folder.iterdir()] == ["target.json"]
+
+
+def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none: no tuning records here; `crossbit tune` makes them"):
+        check_records(tmp_path / "none", targets.host(), 1)
+
+
+def test_a_target_that_does_not_run_here_is_not_measured(small_model: Path, tmp_path: Path) -> None:
+    foreign = replace(targets.host(), features=targets.host().features | {"flying"})
+    lowered = compiler.lower(importer.load(small_model))
+    with pytest.raises(ValueError, match=f"target {foreign.name} cannot be measured here: this machine lacks flying"):
+        tune.tune(lowered, foreign, 1, tmp_path / "records", 2, 0)
+    assert not (tmp_path / "records").exists()
