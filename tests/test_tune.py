@@ -21,7 +21,6 @@ from pipeline.session import Session
 from pipeline.tune import Tuned, check_records, records_folder
 
 TRIALS = 2
-ONE_WORKER = pytest.mark.xdist_group("tune")  # heeded with `--dist loadgroup`; else each worker tunes for itself
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -52,19 +51,24 @@ class Run:
         return tuned, told
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[Tuned], list[tuple[str, int, int]]]:
-    """A network and its first tuning."""
-    made = Run(tmp_path_factory.mktemp("tune"))
-    return made, *made.again()
-
-
 Tuning = tuple[Run, list[Tuned], list[tuple[str, int, int]]]
 
 
 @pytest.mark.slow
-@ONE_WORKER
-def test_every_kernel_has_records_and_none_got_slower(run: Tuning) -> None:
+def test_tuning(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One test, so that one worker tunes, and once."""
+    made = Run(tmp_path)
+    run = (made, *made.again())
+    every_kernel_has_records_and_none_got_slower(run)
+    the_command_measures_nothing_new(run, monkeypatch, capsys)
+    a_second_call_measures_nothing_and_a_larger_one_goes_on(run)
+    tuned_kernels_give_the_same_bits(run, rng, tmp_path)
+    records_do_not_serve_another_batch(run, tmp_path)
+
+
+def every_kernel_has_records_and_none_got_slower(run: Tuning) -> None:
     made, tuned, told = run
     assert {k.kernel for k in tuned} == {"bitserial_conv2d", "bitserial_conv2d_bits"}
     for kernel in tuned:
@@ -77,9 +81,7 @@ def test_every_kernel_has_records_and_none_got_slower(run: Tuning) -> None:
     assert told[-1][1] == TRIALS * len(tuned)
 
 
-@pytest.mark.slow
-@ONE_WORKER
-def test_a_second_call_measures_nothing_and_a_larger_one_goes_on(run: Tuning) -> None:
+def a_second_call_measures_nothing_and_a_larger_one_goes_on(run: Tuning) -> None:
     made, tuned, _ = run
     before = files(made.records)
     again, _ = made.again()
@@ -95,9 +97,7 @@ def test_a_second_call_measures_nothing_and_a_larger_one_goes_on(run: Tuning) ->
         assert (made.records / name).read_bytes().startswith(content)
 
 
-@pytest.mark.slow
-@ONE_WORKER
-def test_tuned_kernels_give_the_same_bits(run: Tuning, rng: np.random.Generator, tmp_path: Path) -> None:
+def tuned_kernels_give_the_same_bits(run: Tuning, rng: np.random.Generator, tmp_path: Path) -> None:
     made, tuned, _ = run
     plain = compile_network(made.model, tmp_path / "plain", made.target, 1)
     manifest = compile_network(made.model, tmp_path / "tuned", made.target, 1, records=made.records)
@@ -106,8 +106,7 @@ def test_tuned_kernels_give_the_same_bits(run: Tuning, rng: np.random.Generator,
     assert manifest.kernels == plain.kernels
     assert session.verify(tmp_path / "tuned").error == 0
     copied = {name for name in manifest.files if name.startswith("records/")}
-    assert copied >= {f"records/{name}" for name in files(made.records)}
-    assert not [name for name in copied if name.startswith("records/logs")]
+    assert copied == {f"records/{name}" for name in files(made.records)}  # and no logs
     check_records(tmp_path / "tuned" / "records", made.target, 1)
     x = dyadic(rng, (1, 32, 8, 8))
     (expected,) = oracle(made.model).run(None, {"x": x})
@@ -115,9 +114,7 @@ def test_tuned_kernels_give_the_same_bits(run: Tuning, rng: np.random.Generator,
         np.testing.assert_array_equal(Session(tmp_path / name).run({"x": x})["y"], expected)
 
 
-@pytest.mark.slow
-@ONE_WORKER
-def test_records_do_not_serve_another_batch(run: Tuning, tmp_path: Path) -> None:
+def records_do_not_serve_another_batch(run: Tuning, tmp_path: Path) -> None:
     """Other shapes are other kernels."""
     made, _, _ = run
     manifest = compile_network(made.model, tmp_path / "two", made.target, 1, batch=2, records=made.records)
@@ -125,9 +122,9 @@ def test_records_do_not_serve_another_batch(run: Tuning, tmp_path: Path) -> None
     assert session.verify(tmp_path / "two").error == 0
 
 
-@pytest.mark.slow
-@ONE_WORKER
-def test_the_command(run: Tuning, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def the_command_measures_nothing_new(
+    run: Tuning, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from pipeline import cli
 
     made, tuned, _ = run
