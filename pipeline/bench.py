@@ -54,7 +54,7 @@ def bench(
     rounds: int = 30,
     on_round: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bench:
-    """Time artifacts, and ONNX files in ONNX Runtime, with ``threads`` threads each.
+    """Time artifacts, and ONNX files in ONNX Runtime at the first artifact's batch, with ``threads`` threads each.
 
     Args:
         on_round: called with the rounds done and in all.
@@ -62,7 +62,9 @@ def bench(
     Raises:
         ValueError: an artifact that fails its golden pair or was compiled for another number of threads.
     """
-    subjects = [_artifact(folder, threads) for folder in artifacts] + [_onnx_file(path, threads) for path in models]
+    subjects = [_artifact(folder, threads) for folder in artifacts]
+    batch = artifact.read(artifacts[0]).inputs[0].shape[0] if artifacts else 1
+    subjects += [_onnx_file(path, threads, batch) for path in models]
     # A round of a subject lasts some 5 ms; this first call is its warm-up.
     calls = [max(1, int(0.005 / subject.seconds(3))) for subject in subjects]
     seconds: list[list[float]] = [[] for _ in subjects]
@@ -115,12 +117,12 @@ def _artifact(folder: Path, threads: int) -> _Subject:
     return _Subject(str(folder), "crossbit", verdict.target, verdict.error, lambda calls: loaded.seconds(inputs, calls))
 
 
-def _onnx_file(path: Path, threads: int) -> _Subject:
+def _onnx_file(path: Path, threads: int, batch: int) -> _Subject:
     from pipeline import onnx_file
-    from pipeline.packaging import oracle
+    from pipeline.packaging import onnxruntime
 
-    shapes = {str(v.name): onnx_file.shape(v) for v in onnx_file.read(path, batch=1).graph.inputs}
-    runtime = oracle(path, threads)
+    shapes = {str(v.name): onnx_file.shape(v) for v in onnx_file.read(path, batch).graph.inputs}
+    runtime = onnxruntime(path, threads)
     rng = np.random.default_rng(0)
     inputs = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 

@@ -85,7 +85,7 @@ def train(
     if as_json:
         _print_json(summary)
     else:
-        out.print(f"[green]trained[/green] {folder}: test accuracy {result.last:.2%}, {result.seconds:.0f} s")
+        _say("trained", f"{folder}: test accuracy {result.last:.2%}, {result.seconds:.0f} s")
 
 
 @app.command()
@@ -103,7 +103,7 @@ def export(
     trained = training.load(checkpoint)
     path = file or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "model.onnx"
     exporting.export(trained.model, trained.image_shape, path)
-    out.print(f"[green]exported[/green] {path}: {path.stat().st_size:,} bytes")
+    _say("exported", f"{path}: {path.stat().st_size:,} bytes")
 
 
 @app.command()
@@ -158,9 +158,10 @@ def compile_(
     with err.status(f"compiling {model} for {chosen.name}"):
         manifest = packaging.compile_network(model, folder, chosen, threads, batch, own_records)
     size = manifest.files["model.so"].bytes
-    out.print(
-        f"[green]compiled[/green] {folder} for {chosen.name}: library {size:,} bytes, {manifest.kernels} kernels, "
-        f"{manifest.tuned_kernels} of them tuned"
+    _say(
+        "compiled",
+        f"{folder} for {chosen.name}: library {size:,} bytes, {manifest.kernels} kernels, "
+        f"{manifest.tuned_kernels} of them tuned",
     )
 
 
@@ -197,7 +198,7 @@ def tune(
         for k in tuned
     ]
     _table(f"{chosen.name}, {threads} thread(s)", ("kernel", "default us", "best us", "gain", "trials"), rows)
-    out.print(f"[green]tuned[/green] records in {folder}; use them with `crossbit compile --records {records}`")
+    _say("tuned", f"records in {folder}; use them with `crossbit compile --records {records}`")
 
 
 @app.command()
@@ -220,9 +221,9 @@ def verify(
     if as_json:
         _print_json(summary)
     else:
-        word = "[green]verified[/green]" if verdict.passed else "[red]differs[/red]"
+        word = "verified" if verdict.passed else "differs"
         accuracy = f", test accuracy {summary['accuracy']:.2%}" if data else ""
-        out.print(f"{word} {folder}: largest error {verdict.error:.3g}, limit {verdict.limit:.3g}{accuracy}")
+        _say(word, f"{folder}: largest error {verdict.error:.3g}, limit {verdict.limit:.3g}{accuracy}")
     if not verdict.passed:
         raise typer.Exit(1)
 
@@ -305,7 +306,7 @@ def report(
 
     path = file or folder / "report.html"
     reporting.write(folder, path)
-    out.print(f"[green]reported[/green] {path}")
+    _say("reported", str(path))
 
 
 @app.command("targets")
@@ -361,6 +362,12 @@ def _toml_value(text: str) -> Any:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
+
+
+def _say(word: str, text: str) -> None:
+    """What was done, on one line."""
+    colour = "red" if word == "differs" else "green"
+    out.print(f"[{colour}]{word}[/{colour}] {escape(text)}", soft_wrap=True, highlight=False)
 
 
 def _short(count: int) -> str:

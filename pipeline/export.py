@@ -46,6 +46,8 @@ def export(model: nn.Module, input_shape: tuple[int, ...], path: Path) -> nn.Mod
     model_ir.ir_version = opset.IR_VERSION
     model_ir.producer_name, model_ir.producer_version = "crossbit", None
     ir.passes.common.ClearMetadataAndDocStringPass()(model_ir)
+    for value in (*model_ir.graph.inputs, *model_ir.graph.initializers.values()):
+        value.metadata_props.clear()
     proto = ir.to_proto(model_ir)
     onnx.checker.check_model(proto, full_check=True)
     partial = path.with_name(path.name + ".partial")

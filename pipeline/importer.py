@@ -325,9 +325,12 @@ def _identity(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
 
 
 def _max_pool(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
-    geometry = _geometry(inputs[0].shape[2:], a["kernel_shape"], a)
-    shape = (*inputs[0].shape[:2], *geometry.output)
-    return Channelwise(MaxPool(e, _as_channelwise(inputs[0], e), geometry, shape))
+    x = inputs[0]
+    geometry = _geometry(x.shape[2:], a["kernel_shape"], a)
+    shape = (*x.shape[:2], *geometry.output)
+    if isinstance(x, Signs):  # the maximum of signs is the sign of the maximum
+        return Signs(e, Channelwise(MaxPool(e, x.of, geometry, shape)))
+    return Channelwise(MaxPool(e, _as_channelwise(x, e), geometry, shape))
 
 
 def _average_pool(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
@@ -374,6 +377,8 @@ def _reduce_mean(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
 
 def _reshaped(e: Emitter, x: Value, shape: Sequence[int]) -> Value:
     """The file's element order is NCHW's, so a map is turned back first (free where it is 1x1)."""
+    if isinstance(x, Signs):  # moving elements and taking their sign commute
+        return Signs(e, _as_channelwise(_reshaped(e, x.of, shape), e))
     expr = x.real()
     if len(x.shape) == 4 and x.shape[2:] != (1, 1):
         expr = e.op(relax.op.permute_dims(expr, [0, 3, 1, 2]))

@@ -14,7 +14,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 import targets
 from pipeline import compiler, importer
 from pipeline.export import export
-from pipeline.packaging import oracle
+from pipeline.packaging import onnxruntime, oracle
 
 # torch reads the source of its 497 translations for every export: half of its time, so here once a process.
 ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[assignment]
@@ -60,6 +60,14 @@ def compiled(path: Path, inputs: list[np.ndarray], target: str = "host", threads
     executable, _, _ = compiler.build(lowered, targets.load(target), threads)
     result = relax.VirtualMachine(executable.jit(), cpu())["main"](*map(runtime.tensor, inputs))
     return [r.numpy() for r in ([result] if isinstance(result, runtime.Tensor) else result)]
+
+
+def assert_optimiser_keeps(model: nn.Module, x: np.ndarray, folder: Path) -> None:
+    """ONNX Runtime's optimiser changes no bit of a network without float convolutions."""
+    path = folder / "optimised.onnx"
+    export(model, x.shape[1:], path)
+    as_written, optimised = (runtime.run(None, {"x": x})[0] for runtime in (oracle(path), onnxruntime(path, 1)))
+    np.testing.assert_array_equal(as_written, optimised)
 
 
 def assert_identical(model: nn.Module, x: np.ndarray, folder: Path, **options: object) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.nn.functional as F
-from networks import assert_identical, dyadic, randomise
+from networks import assert_identical, assert_optimiser_keeps, dyadic, randomise
 from torch import Tensor, nn
 
+from pipeline.deploy import _binary_sign
 from pipeline.layers import QuantConv2d, QuantLinear
 
 CHANNELS = (1, 3, 31, 32, 33, 64, 100)
@@ -78,3 +79,27 @@ def test_chains_of_binary_layers(case: int, rng: np.random.Generator, tmp_path: 
     print(model)
     x = dyadic(rng, ((1, 5)[case % 2], *model.input_shape))
     assert_identical(randomise(model, rng), x, tmp_path, threads=1 + case % 2)
+
+
+class PooledSigns(nn.Module):
+    """Signs that are pooled and flattened before the layer that takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = QuantConv2d(33, 64, 3, padding=1, group=4)
+        self.norm = nn.BatchNorm2d(64)
+        self.second = QuantLinear(64 * 3 * 4, 10, group=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.max_pool2d(_binary_sign(self.norm(self.first(x))), 3, 2, 1)
+        return self.second(pooled.flatten(1))
+
+
+def test_signs_that_are_pooled_and_flattened(rng: np.random.Generator, tmp_path: Path) -> None:
+    model = randomise(PooledSigns(), rng)
+    assert_identical(model, dyadic(rng, (2, 33, 6, 7)), tmp_path)
+
+
+def test_the_optimiser_of_onnx_runtime_keeps_every_bit(rng: np.random.Generator, tmp_path: Path) -> None:
+    model = Chain(rng, 1)
+    assert_optimiser_keeps(randomise(model, rng), dyadic(rng, (2, *model.input_shape)), tmp_path)

@@ -6,7 +6,7 @@ every step is monotone, in float32 arithmetic as in the reals, so the bit is
 
     ascending channel    bit = value >= t        the smallest value whose float32 result is >= 0
     descending channel   bit = -value >= t
-    constant channel     t is -inf or NaN: always, never
+    constant channel     t is the lowest finite value or NaN: always, never
 
 and t is found by bisection over *every* value the input can take, integers or float32 numbers, evaluating the very
 formula that ONNX Runtime evaluates. The bits are therefore exact, not exact up to rounding. (An infinite activation
