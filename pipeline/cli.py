@@ -204,7 +204,10 @@ def tune(
 @app.command()
 def verify(
     folder: ArtifactFolder,
-    data: Annotated[str | None, typer.Option(help="Also the accuracy on the test split of 'digits'.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Also the accuracy on this data set's test half: digits, ...")
+    ] = None,
+    path: Annotated[Path | None, typer.Option(help="Where that data set lies, if it is not packaged.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check an artifact: every file, the CPU, and the golden pair. Exit code 1 where it differs.
@@ -216,7 +219,7 @@ def verify(
     verdict = session.verify(folder)
     summary: dict[str, Any] = {**dataclasses.asdict(verdict), "passed": verdict.passed}
     if data is not None:
-        summary["accuracy"] = _compiled_accuracy(folder, data)
+        summary["accuracy"] = _compiled_accuracy(folder, data, path)
         (folder.parent / f"{folder.name}.verify.json").write_text(json.dumps(summary) + "\n")
     if as_json:
         _print_json(summary)
@@ -228,12 +231,12 @@ def verify(
         raise typer.Exit(1)
 
 
-def _compiled_accuracy(folder: Path, name: str) -> float:
+def _compiled_accuracy(folder: Path, name: str, path: Path | None) -> float:
     from pipeline import data as datasets
     from pipeline.session import Session
 
     loaded = Session(folder)
-    test = datasets.load(name, None).test  # type: ignore[arg-type]
+    test = datasets.load(name, path).test  # type: ignore[arg-type]
     (spec,), (result,) = loaded.manifest.inputs, loaded.manifest.outputs
     images = datasets.to_float(test.images).numpy()
     if spec.shape != (1, *images.shape[1:]):
