@@ -11,6 +11,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from targets import Target
+from tvm_ops import adder_network
 from tvm_ops.schedule_cpu import schedule
 
 
@@ -35,6 +36,14 @@ def default_schedule(mod: tvm.IRModule, target: Target, threads: int) -> Any:
     return sch
 
 
+def open_records(folder: Path, target: Target) -> Any:
+    """MetaSchedule's database of a records folder, made if there is none."""
+    file = folder / "database_tuning_record.json"
+    if target.byte_counter is not None and file.is_file():
+        adder_network.register_those_in(file.read_text(), target.byte_counter)
+    return ms.database.JSONDatabase(work_dir=str(folder))
+
+
 def build(mod: tvm.IRModule, target: Target, threads: int, records: Path | None = None) -> tuple[Any, int, int]:
     """The executable of a lowered module, how many kernels it has, and how many of them a tuning record made.
 
@@ -44,7 +53,7 @@ def build(mod: tvm.IRModule, target: Target, threads: int, records: Path | None 
     """
     tvm_target = target.tvm_target(threads)
     if records is not None:
-        with tvm_target, ms.database.JSONDatabase(work_dir=str(records)):
+        with tvm_target, open_records(records, target):
             mod = relax.transform.MetaScheduleApplyDatabase()(mod)
     mod = mod.clone()
     kernels = {name: f for name, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}

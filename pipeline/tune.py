@@ -119,7 +119,7 @@ class _Run:
         self.tvm_target = target.tvm_target(threads)
         self.records = records
         self.logger = _log_to(records / _LOG)
-        self.database = ms.database.JSONDatabase(work_dir=str(records))
+        self.database = compiler.open_records(records, target)
         self.builder = ms.builder.LocalBuilder(f_build=_build, timeout_sec=60, max_workers=cores())
         evaluator = ms.runner.EvaluatorConfig(number=3, repeat=3, min_repeat_ms=10)
         self.runner = ms.runner.LocalRunner(timeout_sec=60, evaluator_config=evaluator)

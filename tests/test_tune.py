@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from networks import dyadic, randomise
 from torch import nn
 
 import targets
-from pipeline import compiler, importer, session, tune
+from pipeline import artifact, compiler, importer, session, tune
 from pipeline.export import export
 from pipeline.layers import QuantConv2d
 from pipeline.packaging import compile_network, oracle
@@ -66,6 +68,7 @@ def test_tuning(
     a_second_call_measures_nothing_and_a_larger_one_goes_on(run)
     tuned_kernels_give_the_same_bits(run, rng, tmp_path)
     records_do_not_serve_another_batch(run, tmp_path)
+    a_new_process_reads_the_records(run, tmp_path)
 
 
 def every_kernel_has_records_and_none_got_slower(run: Tuning) -> None:
@@ -120,6 +123,18 @@ def records_do_not_serve_another_batch(run: Tuning, tmp_path: Path) -> None:
     manifest = compile_network(made.model, tmp_path / "two", made.target, 1, batch=2, records=made.records)
     assert manifest.tuned_kernels == 0
     assert session.verify(tmp_path / "two").error == 0
+
+
+def a_new_process_reads_the_records(run: Tuning, tmp_path: Path) -> None:
+    """They name tensor intrinsics, which this process has registered and a new one has not."""
+    made, tuned, _ = run
+    folder = tmp_path / "elsewhere"
+    command = [sys.executable, "-m", "pipeline.cli", "compile", str(made.model), "-o", str(folder)]
+    done = subprocess.run(
+        [*command, "--records", str(made.records.parent)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert artifact.read(folder).tuned_kernels == len(tuned)
 
 
 def the_command_measures_nothing_new(

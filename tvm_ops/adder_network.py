@@ -12,6 +12,7 @@ and one vector of filters, and the network is how.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,12 @@ def window(kernel: tuple[int, int], words: int, dilations: tuple[int, int]) -> W
         return None
     deep = max(d for d in range(1, words + 1) if words % d == 0 and (d == 1 or d * height * width <= MOST_WORDS))
     return Window(height, width, deep, dilations)
+
+
+def register_those_in(text: str, counter: ByteCounter) -> None:
+    """Register the intrinsics of ``counter`` that tuning records name, before TVM reads the records."""
+    for kh, kw, words, dy, dx in set(re.findall(rf"popcounts_(\d+)x(\d+)x(\d+)_(\d+)_(\d+)_{counter.name}\b", text)):
+        intrinsic(counter, Window(int(kh), int(kw), int(words), (int(dy), int(dx))))
 
 
 def intrinsic(counter: ByteCounter, window: Window) -> str:
