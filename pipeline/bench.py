@@ -19,6 +19,9 @@ from pipeline import artifact, session
 from pipeline.session import Session
 from targets import cpu_name
 
+# Seconds between two subjects: the worker threads of the one before spin for a while and would take its cores.
+_REST = 0.01
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,6 +73,8 @@ def bench(
     seconds: list[list[float]] = [[] for _ in subjects]
     for done in range(rounds):
         for subject, count, times in zip(subjects, calls, seconds, strict=True):
+            time.sleep(_REST)
+            subject.seconds(1)
             times.append(subject.seconds(count))
         on_round(done + 1, rounds)
     return Bench(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 import tvm
 
 from pipeline import artifact
-from targets import cores, cpu_features
+from targets import cpu_features
 
 
 class Session:
@@ -35,7 +34,8 @@ class Session:
                 f"compile with --target host on this machine"
             )
         library = tvm.runtime.load_module(str(folder / artifact.LIBRARY))
-        _use_threads(self.manifest.threads)
+        all_cores = 1  # of TVM's affinity modes; see pipeline/__init__.py for the size of the pool
+        tvm.get_global_func("runtime.config_threadpool")(all_cores, self.manifest.threads)
         self._device = tvm.cpu()
         self._machine = tvm.runtime.vm.VirtualMachine(library, self._device)
 
@@ -91,18 +91,6 @@ class Session:
         self._machine.set_instrument(lambda *_: 0)
         least = [min(run[i][1] for run in runs) for i in range(len(runs[0]))]
         return {f"{i:02d} {runs[0][i][0]}": seconds for i, seconds in enumerate(least)}
-
-
-def _use_threads(count: int) -> None:
-    """Give TVM's pool, which is one for the process, ``count`` threads, and leave it to the system where they run.
-
-    Left to itself the pool takes what it believes to be physical cores (one, on a two-core virtual machine), never
-    grows beyond its first size, and binds its threads to cores that may be busy. It reads both variables when made.
-    """
-    os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
-    os.environ.setdefault("TVM_BIND_THREADS", "0")
-    all_big_cores = 1
-    tvm.get_global_func("runtime.config_threadpool")(all_big_cores, count)
 
 
 @dataclass(frozen=True)
