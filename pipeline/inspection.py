@@ -22,13 +22,13 @@ class Inspection:
     layers: tuple[Layer, ...]
 
 
-def inspect(path: Path) -> Inspection:
-    """Read and describe an ONNX file.
+def inspect(path: Path, batch: int = 1) -> Inspection:
+    """Read and describe an ONNX file; ``batch`` is the one that it is fixed to, if it is.
 
     Raises:
         ValueError: as `onnx_file.read`.
     """
-    model = onnx_file.read(path, batch=1)
+    model = onnx_file.read(path, batch)
     layers = tuple(_layer(n) for n in model.graph if n.domain == "" and n.op_type in ("Conv", "Gemm", "MatMul"))
     floats = sum(
         value.const_value.nbytes

@@ -57,7 +57,7 @@ def compile_network(
             threads=threads,
             inputs=_specs(inputs),
             outputs=_specs(outputs),
-            layers=inspection.inspect(model).layers,
+            layers=inspection.inspect(model, batch).layers,
             kernels=kernels,
             tuned_kernels=tuned,
             tolerance=TOLERANCE,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import targets
@@ -65,6 +66,17 @@ def test_the_manifest_says_what_was_compiled(small_artifact: Path, small_model: 
     assert set(found.versions) == {"crossbit", "apache-tvm", "apache-tvm-ffi", "onnx"}
     assert found.created.endswith("+00:00")
     assert small_artifact.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_file_with_a_batch_of_its_own_is_compiled_for_that(small_model: Path, tmp_path: Path) -> None:
+    proto = onnx.load(small_model)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
+    fixed = tmp_path / "fixed.onnx"
+    onnx.save(proto, fixed)
+    made = compile_network(fixed, tmp_path / "made", targets.host(), 1, batch=3)
+    assert made.inputs[0].shape == (3, 1, 8, 8)
+    open_batch = compile_network(small_model, tmp_path / "open", targets.host(), 1, batch=3)
+    assert made.layers == open_batch.layers
 
 
 def test_nothing_is_left_beside_an_artifact(small_artifact: Path) -> None:
