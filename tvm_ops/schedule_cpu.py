@@ -200,6 +200,7 @@ def _inner_channels(sch: Any, channel: Any, target: Target, unit: int, lanes: in
     if not sample:
         return max(1, lanes // unit)
     sizes = {_largest_divisor(steps, max(1, v * target.lanes // unit)) for v in (1, 2, 4, 8)}
+    sizes = {size for size in sizes if size * unit % target.lanes == 0} or sizes
     return sch.sample_categorical(sorted(sizes), [1 / len(sizes)] * len(sizes))
 
 
