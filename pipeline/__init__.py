@@ -6,7 +6,9 @@ deploy, export) and the TVM half (importer, compiler, tune, artifact, session, b
 
 import os
 
+from targets import cores
+
 # TVM makes one thread pool a process, at the first kernel that runs, and it never grows. Left to itself it takes what
 # it believes to be physical cores (one, on a two-core virtual machine) and binds threads to cores that may be busy.
-os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
 os.environ.setdefault("TVM_BIND_THREADS", "0")

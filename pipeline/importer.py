@@ -47,7 +47,7 @@ def load(path: Path, batch: int = 1) -> tvm.IRModule:
         values[str(graph_input.name)] = Real(emitter, variable, shape)
     for name, initializer in graph.initializers.items():
         assert initializer.const_value is not None
-        values[name] = Constant(emitter, initializer.const_value.numpy())
+        values[name] = Constant(initializer.const_value.numpy())
     uses = Counter(v.name for node in graph for v in node.inputs if v is not None)
     uses.update(v.name for v in graph.outputs)
 
@@ -78,20 +78,20 @@ def _shared(values: dict[str, Value], name: str, uses: Counter[str | None], emit
 
 
 def _convert(node: ir.Node, emitter: Emitter, inputs: list[Any]) -> Value:
-    emitter.node = node.name or node.op_type
+    name = node.name or node.op_type
     key = node.op_type if node.domain == "" else f"{node.domain}::{node.op_type}"
     if len([o for o in node.outputs if o.name]) != 1:
-        raise ValueError(f"node '{emitter.node}': {key} with {len(node.outputs)} outputs is not supported")
-    attributes = {name: _attribute(value) for name, value in node.attributes.items()}
+        raise ValueError(f"node '{name}': {key} with {len(node.outputs)} outputs is not supported")
+    attributes = {field: _attribute(value) for field, value in node.attributes.items()}
     known = [i for i in inputs if i is not None]
     try:
         if node.domain == "" and known and all(isinstance(i, Constant) for i in known):
-            return Constant(emitter, _evaluate(node, inputs))
+            return Constant(_evaluate(node, inputs))
         if key not in OPERATORS:
             raise ValueError(f"operator {key} is not supported; the supported ones are {', '.join(sorted(OPERATORS))}")
         return OPERATORS[key](emitter, inputs, attributes)
     except ValueError as error:
-        raise ValueError(f"node '{emitter.node}' ({key}): {error}") from error
+        raise ValueError(f"node '{name}' ({key}): {error}") from error
 
 
 def _attribute(attribute: ir.Attr) -> Any:
@@ -156,11 +156,11 @@ def _binary_sign(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
 
 def _unpack_signs(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     signs = unpack(inputs[0].array, int(a["channels"]))
-    return Constant(e, signs.transpose(0, 2, 1).astype(np.float32))
+    return Constant(signs.transpose(0, 2, 1).astype(np.float32))
 
 
 def _group_scale(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
-    return Constant(e, np.repeat(inputs[0].array, int(a["group"]))[: int(a["filters"])])
+    return Constant(np.repeat(inputs[0].array, int(a["group"]))[: int(a["filters"])])
 
 
 def _accumulator(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:

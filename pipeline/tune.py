@@ -92,9 +92,9 @@ def tune(
         (records / _IDENTITY).write_text(json.dumps(_identity(target, threads)))
     run = _Run(target, threads, records, seed)
     tasks = [t for t in ms.relax_integration.extract_tasks(mod, run.tvm_target) if schedule_cpu.has_reduction(t.mod)]
-    done = sum(min(trials, len(run.stored(task))) for task in tasks)
-    for task in tasks:
-        stored = len(run.stored(task))
+    counts = [len(run.stored(task)) for task in tasks]
+    done = sum(min(trials, stored) for stored in counts)
+    for task, stored in zip(tasks, counts, strict=True):
         before = done
 
         def progress(count: int, task: Any = task) -> None:

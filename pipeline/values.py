@@ -17,9 +17,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tvm import relax, te
+from tvm import relax, te, tirx
 
 from tvm_ops import output_transform
+from tvm_ops.bitplanes import WORD_BITS, pack
 from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d
 from tvm_ops.ops.bitserial_conv2d import Geometry
 from tvm_ops.output_transform import Step
@@ -33,10 +34,9 @@ Array = NDArray[Any]
 
 @dataclass
 class Emitter:
-    """Emits kernels into a Relax function, each under the name of the ONNX node that asked for it."""
+    """Emits kernels into a Relax function."""
 
     builder: relax.BlockBuilder
-    node: str = "main"
 
     def te(self, kind: str, compute: Callable[..., Any], *args: relax.Expr | Array, **attributes: int) -> relax.Expr:
         """One kernel; arrays become constants of the library.
@@ -44,9 +44,7 @@ class Emitter:
         ``attributes`` tell TVM what it cannot see in a packing: op_pattern to FuseOps, estimated_flops to MetaSchedule.
         """
         tensors = [relax.const(a) if isinstance(a, np.ndarray) else a for a in args]
-        return self.builder.emit_te(
-            lambda *t: compute(*t), *tensors, primfunc_name_hint=kind, primfunc_attrs=attributes
-        )
+        return self.builder.emit_te(compute, *tensors, primfunc_name_hint=kind, primfunc_attrs=attributes)
 
     def op(self, expr: relax.Expr) -> relax.Expr:
         """A Relax operator."""
@@ -142,7 +140,7 @@ class MaxPool:
         """Signs first, 32 channels a word, then the maximum of signs."""
         descends = output_transform.direction(steps, self.shape[1]) < 0
         words = replace(self.of, steps=(*self.of.steps, *steps)).words()
-        invert = bitserial_conv2d.pack(descends)
+        invert = pack(descends)
 
         def compute(x: Any, mask: Any) -> Any:
             return binary_max_pool2d.compute(self.geometry, x, mask)
@@ -152,7 +150,7 @@ class MaxPool:
     def stepped(self, steps: Sequence[Step]) -> relax.Expr:
         g = self.geometry
         pooled = relax.op.nn.max_pool2d(
-            self.of.real(), g.kernel, g.strides, _tlbr(g.pads), g.dilations, layout="NHWC", out_layout="NHWC"
+            self.of.real(), g.kernel, g.strides, list(g.pads), g.dilations, layout="NHWC", out_layout="NHWC"
         )
         out = self.emitter.op(pooled)
         return Real(self.emitter, out, self.shape).stepped(steps)
@@ -199,7 +197,7 @@ class Signs:
         if not self._words:
             words = self.of.words()
             if len(self.shape) == 2:  # a dense layer is a convolution of a 1x1 image
-                words = self.emitter.op(relax.op.reshape(words, (self.shape[0], 1, 1, -(-self.shape[1] // 32))))
+                words = self.emitter.op(relax.op.reshape(words, (self.shape[0], 1, 1, -(-self.shape[1] // WORD_BITS))))
             self._words.append(words)
         return self._words[0]
 
@@ -207,8 +205,6 @@ class Signs:
         """+-1 as floats, for a layer whose weights are not +-1."""
 
         def compute(x: Any) -> Any:
-            from tvm import tirx
-
             one = tirx.const(1.0, "float32")
             return te.compute(x.shape, lambda *i: tirx.if_then_else(x[i] >= 0.0, one, -one), name="sign")
 
@@ -219,7 +215,6 @@ class Signs:
 class Constant:
     """A tensor known now."""
 
-    emitter: Emitter
     array: Array
 
     @property
@@ -229,8 +224,3 @@ class Constant:
     def real(self) -> relax.Expr:
         lying = self.array.transpose(0, 2, 3, 1) if self.array.ndim == 4 else self.array
         return relax.const(np.ascontiguousarray(lying))
-
-
-def _tlbr(pads: Sequence[int]) -> list[int]:
-    """ONNX's (top, left, bottom, right) is TVM's order too; a tuple is not accepted."""
-    return list(pads)

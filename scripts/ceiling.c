@@ -15,6 +15,12 @@ typedef __m512i V;
 #define SET(x) _mm512_set1_epi64(x)
 #define XOR(a, b) _mm512_xor_si512(a, b)
 #define ADD(a, b) _mm512_add_epi64(a, b)
+#define ADD8(a, b) _mm512_add_epi8(a, b)
+#define AND(a, b) _mm512_and_si512(a, b)
+#define HIGH(a) _mm512_srli_epi16(a, 4)
+#define LOOK_UP(t, a) _mm512_shuffle_epi8(t, a)
+#define TABLE(t) _mm512_broadcast_i32x4(t)
+#define BYTE_SUMS(a) _mm512_sad_epu8(a, _mm512_setzero_si512())
 #define SUM3(a, b, c) _mm512_ternarylogic_epi32(a, b, c, 0x96)
 #define MAJORITY(a, b, c) _mm512_ternarylogic_epi32(a, b, c, 0xE8)
 #else
@@ -23,6 +29,12 @@ typedef __m256i V;
 #define SET(x) _mm256_set1_epi64x(x)
 #define XOR(a, b) _mm256_xor_si256(a, b)
 #define ADD(a, b) _mm256_add_epi64(a, b)
+#define ADD8(a, b) _mm256_add_epi8(a, b)
+#define AND(a, b) _mm256_and_si256(a, b)
+#define HIGH(a) _mm256_srli_epi16(a, 4)
+#define LOOK_UP(t, a) _mm256_shuffle_epi8(t, a)
+#define TABLE(t) _mm256_broadcastsi128_si256(t)
+#define BYTE_SUMS(a) _mm256_sad_epu8(a, _mm256_setzero_si256())
 #define SUM3(a, b, c) XOR(XOR(a, b), c)
 #define MAJORITY(a, b, c) _mm256_or_si256(_mm256_and_si256(a, b), _mm256_and_si256(c, XOR(a, b)))
 #endif
@@ -48,19 +60,8 @@ static inline State step(State s, V a, V w) {
 #define STEP 16
 typedef struct { V total, ones, twos, fours, eights; } State;
 static inline V count(V v) {
-#if VECTOR_BITS == 512
-  const V low = _mm512_set1_epi8(15);
-  const V table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-  V n = _mm512_add_epi8(_mm512_shuffle_epi8(table, _mm512_and_si512(v, low)),
-                        _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v, 4), low)));
-  return _mm512_sad_epu8(n, _mm512_setzero_si512());
-#else
-  const V low = _mm256_set1_epi8(15);
-  const V table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-  V n = _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(v, low)),
-                        _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)));
-  return _mm256_sad_epu8(n, _mm256_setzero_si256());
-#endif
+  const V low = SET(0x0f0f0f0f0f0f0f0fULL), table = TABLE(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  return BYTE_SUMS(ADD8(LOOK_UP(table, AND(v, low)), LOOK_UP(table, AND(HIGH(v), low))));
 }
 
 /* Two words, then four, eight, sixteen; the empty assembly keeps the compiler from computing equal halves once. */

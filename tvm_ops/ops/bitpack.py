@@ -21,9 +21,7 @@ def constants(threshold: Threshold) -> list[np.ndarray]:
     at, descends = threshold.at.astype(np.float32), threshold.flip < 0
     if not descends.any():
         return [at]
-    never = descends & np.isnan(at)
-    low = np.where(descends & ~never, np.float32(-np.inf), at)
-    return [low, np.where(descends, -at, np.float32(np.inf))]
+    return [np.where(descends, np.float32(-np.inf), at), np.where(descends, -at, np.float32(np.inf))]
 
 
 def compute(x: Any, low: Any, high: Any = None) -> Any:
