@@ -21,7 +21,7 @@ from tvm import relax, te
 from pipeline import onnx_file
 from pipeline.values import Channelwise, Constant, Emitter, MaxPool, Real, Signs, Sum, Value
 from tvm_ops import opset
-from tvm_ops.bitplanes import unpack
+from tvm_ops.bitplanes import BINARY, decode, unpack
 from tvm_ops.ops.bitserial_conv2d import Geometry
 from tvm_ops.output_transform import Step, product
 
@@ -155,8 +155,8 @@ def _binary_sign(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
 
 
 def _unpack_signs(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
-    signs = unpack(inputs[0].array, int(a["channels"]))
-    return Constant(signs.transpose(0, 2, 1).astype(np.float32))
+    bits = unpack(inputs[0].array, int(a["channels"]))
+    return Constant(decode(bits[None], BINARY).transpose(0, 2, 1).astype(np.float32))
 
 
 def _group_scale(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:

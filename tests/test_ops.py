@@ -167,7 +167,7 @@ def test_sums_beyond_16_bits(scheduled: bool, rng: np.random.Generator) -> None:
     steps = [Step("add", np.resize(np.array([-76800, 76799, -76799], np.float32), 33))]
     words, edge, most = bitserial_conv2d.bit_weight(weight, geometry, steps)
     bits = run(lambda *t: bitserial_conv2d.compute_bits(geometry, edge, *t), [pack(x), words, most], scheduled)
-    assert unpack(bits, 33)[0, 1, 0, :3].tolist() == [1, -1, -1]
+    assert unpack(bits, 33)[0, 1, 0, :3].tolist() == [True, False, False]
     np.testing.assert_array_equal(bits, pack(apply(steps, sums.astype(np.float32)) >= 0))
 
 

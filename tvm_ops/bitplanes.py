@@ -1,15 +1,17 @@
-"""The number format in NumPy, the oracle of everything integer: a quantised tensor is a sum of +-1 bit planes.
+"""The number format in NumPy, the oracle of everything integer: a quantised tensor is a weighted sum of bit planes.
 
-    x = scale * (sum_p ratios[p] * s_p + shift),    s_p = +-1
+    value = sum_p ratios[p] * bit_p + shift,    bit_p in {0, 1}
 
-Binary is one plane; ternary has ratios (1, 1); a k-bit activation has ratios (1, 2, 4, ...) and shift 2^k - 1.
-Bits lie along the last axis, least significant bit first, 1 means +1, and the tail of the last word is zero: two
-zero tails xor to nothing, so K - 2 popcount(a ^ w) holds for any K.
+Signs are one plane (2 bit - 1); ternary values two, P - N; k-bit activations k, of ratios 1, 2, 4, ...; k-bit weights
+k planes of signs. A word of zeros is the value ``shift``, so zeros around an image can be stored wherever that is 0.
+
+Bits lie along the last axis, least significant bit first, and the tail of the last word is zero.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,76 +21,109 @@ WORD_BITS = 32
 
 
 @dataclass(frozen=True)
-class BitCode:
-    """How planes add up to an integer code.
+class Code:
+    """How the bits of an element add up to its integer value.
 
-    ratios: the weight of every plane. shift: what is added to their sum.
+    ratios: what the bit of every plane is worth. shift: the value of all bits zero.
     """
 
-    ratios: tuple[int, ...] = (1,)
+    ratios: tuple[int, ...]
     shift: int = 0
 
     def __post_init__(self) -> None:
-        if not self.ratios or min(self.ratios) < 1:
-            raise ValueError(f"ratios = {self.ratios}: give at least one plane, each with a positive weight")
+        if not self.ratios or 0 in self.ratios:
+            raise ValueError(f"ratios = {self.ratios}: give at least one plane, each worth something")
 
     @property
-    def has_zero(self) -> bool:
-        """Whether 0 is a value of the code, that is, whether a padded position can be stored."""
-        sums = {0}
-        for ratio in self.ratios:
-            sums = {s + sign * ratio for s in sums for sign in (-1, 1)}
-        return -self.shift in sums
+    def bits(self) -> int:
+        """Planes, that is, bits that an element takes."""
+        return len(self.ratios)
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Every value of the code, ascending."""
+        patterns = product((0, 1), repeat=self.bits)
+        return tuple(sorted({sum(r * b for r, b in zip(self.ratios, p, strict=True)) + self.shift for p in patterns}))
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude of a value."""
+        return max(abs(self.values[0]), abs(self.values[-1]))
 
 
-BINARY = BitCode()
+def unsigned(bits: int) -> Code:
+    """0, 1, ..., 2^bits - 1."""
+    return Code(tuple(1 << p for p in range(bits)))
 
 
-def decode(planes: NDArray[np.int8], code: BitCode) -> NDArray[np.int64]:
-    """+-1 planes [P, ...] -> integer codes [...]."""
-    ratios = np.asarray(code.ratios, np.int64).reshape(-1, *[1] * (planes.ndim - 1))
-    return (planes * ratios).sum(0) + code.shift
+def odd(bits: int) -> Code:
+    """The odd numbers from 1 - 2^bits to 2^bits - 1: planes of signs worth 1, 2, 4, ..."""
+    return Code(tuple(2 << p for p in range(bits)), 1 - (1 << bits))
 
 
-def pack(signs: NDArray[Any], dtype: str = "<u4") -> NDArray[np.unsignedinteger]:
-    """Signs [..., K] -> words [..., ceil(K / bits of dtype)]; what is > 0 is a 1."""
-    octets = np.packbits(signs > 0, axis=-1, bitorder="little")
+BINARY = odd(1)
+TERNARY = Code((1, -1))
+
+
+def encode(values: NDArray[Any], code: Code) -> NDArray[np.bool_]:
+    """Values [...] -> planes bool [P, ...].
+
+    Raises:
+        ValueError: a value that the code lacks.
+    """
+    patterns = {}
+    for pattern in product((False, True), repeat=code.bits):
+        patterns.setdefault(sum(r for r, bit in zip(code.ratios, pattern, strict=True) if bit) + code.shift, pattern)
+    known = np.array(sorted(patterns))
+    at = np.searchsorted(known, values).clip(0, len(known) - 1)
+    if (wrong := known[at] != values).any():
+        raise ValueError(f"{np.asarray(values)[wrong].flat[0]} is no value of {code}")
+    return np.moveaxis(np.array([patterns[v] for v in known.tolist()])[at], -1, 0)
+
+
+def decode(planes: NDArray[Any], code: Code) -> NDArray[np.int64]:
+    """Planes [P, ...], a bit being what is > 0 -> values [...]."""
+    return np.tensordot(np.array(code.ratios, np.int64), planes > 0, 1) + code.shift
+
+
+def pack(bits: NDArray[Any], dtype: str = "<u4") -> NDArray[np.unsignedinteger]:
+    """Bits or signs [..., K] -> words [..., ceil(K / bits of dtype)]; what is > 0 is a 1."""
+    octets = np.packbits(bits > 0, axis=-1, bitorder="little")
     size = np.dtype(dtype).itemsize
     missing = -octets.shape[-1] % size
     octets = np.pad(octets, [(0, 0)] * (octets.ndim - 1) + [(0, missing)])
     return np.ascontiguousarray(octets).view(dtype)
 
 
-def unpack(words: NDArray[np.unsignedinteger], count: int) -> NDArray[np.int8]:
-    """Words [..., W] -> the first ``count`` signs +-1 [..., count]."""
+def unpack(words: NDArray[np.unsignedinteger], count: int) -> NDArray[np.bool_]:
+    """Words [..., W] -> the first ``count`` bits [..., count]."""
     octets = np.ascontiguousarray(words).view(np.uint8)
-    bits = np.unpackbits(octets, axis=-1, count=count, bitorder="little")
-    return bits.astype(np.int8) * 2 - 1
+    return np.unpackbits(octets, axis=-1, count=count, bitorder="little").astype(np.bool_)
 
 
 def dot(
     a: NDArray[np.unsignedinteger],
     w: NDArray[np.unsignedinteger],
     count: int,
-    a_code: BitCode = BINARY,
-    w_code: BitCode = BINARY,
+    a_code: Code = BINARY,
+    w_code: Code = BINARY,
 ) -> NDArray[np.int64]:
-    """The inner product of two coded vectors of ``count`` entries, by xor and popcount alone.
+    """The inner product of two coded vectors of ``count`` entries, by and and popcount alone.
 
     a: words [P, ..., W]. w: words [Q, ..., W]. -> int64 [...] (broadcast).
 
-        <x, y> = sum_pq r_p r_q (K - 2 popcount(a_p ^ w_q)) + shift_a sum(y) + shift_w sum(x) - K shift_a shift_w
+        <x, y> = sum_pq r_p r_q popcount(a_p & w_q) + shift_w sum_p r_p popcount(a_p)
+               + shift_a sum_q r_q popcount(w_q) + count shift_a shift_w
     """
+    ones_a = sum(r * _ones(plane) for r, plane in zip(a_code.ratios, a, strict=True))
+    ones_w = sum(r * _ones(plane) for r, plane in zip(w_code.ratios, w, strict=True))
+    both = sum(
+        p * q * _ones(x & y)
+        for p, x in zip(a_code.ratios, a, strict=True)
+        for q, y in zip(w_code.ratios, w, strict=True)
+    )
+    return both + w_code.shift * ones_a + a_code.shift * ones_w + count * a_code.shift * w_code.shift
 
-    def weighted_sums(words: NDArray[np.unsignedinteger], code: BitCode) -> NDArray[np.int64]:
-        ones = np.bitwise_count(words).sum(-1, dtype=np.int64)
-        ratios = np.asarray(code.ratios, np.int64).reshape(-1, *[1] * (ones.ndim - 1))
-        return (ratios * (2 * ones - count)).sum(0) + count * code.shift
 
-    total: NDArray[np.int64] = np.zeros((), np.int64)
-    for plane_a, ratio_a in zip(a, a_code.ratios, strict=True):
-        for plane_w, ratio_w in zip(w, w_code.ratios, strict=True):
-            differing = np.bitwise_count(plane_a ^ plane_w).sum(-1, dtype=np.int64)
-            total = total + ratio_a * ratio_w * (count - 2 * differing)
-    cross = a_code.shift * weighted_sums(w, w_code) + w_code.shift * weighted_sums(a, a_code)
-    return total + cross - count * a_code.shift * w_code.shift
+def _ones(words: NDArray[np.unsignedinteger]) -> NDArray[np.int64]:
+    return np.bitwise_count(words).sum(-1, dtype=np.int64)

@@ -1,67 +1,128 @@
-"""The quantisers by name: this folder is the registry, a file without a leading underscore is a member.
+"""The methods by name: this folder is the registry, a file without a leading underscore is a member.
 
-A member defines ``QUANTIZER``, a subclass of `WeightQuantizer` or `ActivationQuantizer`.
+A member is one paper's method. It defines ``WEIGHT`` (a `WeightQuantizer`), ``ACTIVATION`` (an `ActivationQuantizer`)
+or both, each of which a layer may take by the member's name, and ``METHOD``, the pair that the paper proposes.
 """
 
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import ClassVar, Literal
+from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tvm_ops.bitplanes import BINARY, Code
+
 
 @dataclass(frozen=True)
 class Method:
-    """What a quantiser does to a tensor, for tables: see ``crossbit methods``."""
+    """A published method, for tables: see ``crossbit methods``.
 
-    operand: Literal["weight", "activation"]
-    bits: int
-    levels: str
+    Attributes:
+        title: as papers print it.
+        weight, activation: the names of its quantisers.
+        weight_levels, activation_levels: the values that they take.
+        weight_bits, activation_bits: of a stored code; 32 for real numbers.
+        operations: what a multiply-accumulate becomes.
+        formula: of what the method quantises.
+        source: the paper.
+    """
+
+    title: str
+    weight: str
+    activation: str
+    weight_levels: str
+    activation_levels: str
+    weight_bits: int
+    activation_bits: int
+    operations: str
     formula: str
     source: str
 
 
 @dataclass(frozen=True)
-class BitWeight:
-    """A weight as it is deployed: one +-1 plane and one scale per group of neighbouring filters.
+class CodedWeight:
+    """A weight as it is deployed: integer codes, and one scale per group of neighbouring filters.
 
-    signs: float32 +-1, the shape of the weight. scale: float32 [ceil(filters / group)].
+    codes: float32 values of ``code``, the shape of the weight. scale: float32 [ceil(filters / group)].
+    negative: the scale of codes below zero where that is another (TTQ), like ``scale``.
     """
 
-    signs: Tensor
+    codes: Tensor
     scale: Tensor
     group: int
+    code: Code = BINARY
+    negative: Tensor | None = None
 
-    def per_filter(self) -> Tensor:
-        """The scale of every filter, float32 [filters]."""
-        return self.scale.repeat_interleave(self.group)[: self.signs.shape[0]]
+    def per_filter(self, scale: Tensor | None = None) -> Tensor:
+        """The scale (default: of this weight) of every filter, float32 [filters]."""
+        return (self.scale if scale is None else scale).repeat_interleave(self.group)[: self.codes.shape[0]]
 
     def dequantize(self) -> Tensor:
-        """scale * signs, float32, the shape of the weight."""
-        return self.signs * self.per_filter().view(-1, *[1] * (self.signs.dim() - 1))
+        """scale * codes, float32, the shape of the weight."""
+        column = (-1, *[1] * (self.codes.dim() - 1))
+        positive = self.codes * self.per_filter().view(column)
+        if self.negative is None:
+            return positive
+        return torch.where(self.codes < 0, self.codes * self.per_filter(self.negative).view(column), positive)
 
 
 class WeightQuantizer(nn.Module):
     """forward: latent weight -> quantised weight of the same shape, differentiable (straight-through)."""
 
-    method: ClassVar[Method]
-
-    def encode(self, weight: Tensor) -> BitWeight:
-        """The deployed form of ``weight``: ``encode(w).dequantize()`` equals ``forward(w)``."""
+    def encode(self, weight: Tensor) -> CodedWeight:
+        """The deployed form of ``weight``: ``encode(w).dequantize()`` equals ``forward(w)`` in evaluation mode."""
         raise NotImplementedError
 
     def constrain_(self, weight: Tensor) -> None:
         """What the method does to the latent weight in place after every optimiser step. Default: nothing."""
 
+    def penalty(self, weight: Tensor) -> Tensor | None:
+        """What the method adds to the loss, a scalar; None: nothing."""
+        return None
+
 
 class ActivationQuantizer(nn.Module):
-    """forward: real activations -> codes of the same shape, differentiable (straight-through)."""
+    """forward: real activations -> ``scale`` * codes, the same shape, differentiable (straight-through).
 
-    method: ClassVar[Method]
+    Attributes:
+        code: the integers that are deployed; None: activations stay real.
+        scale: what a code's unit is worth.
+        operator: the operator of our ONNX domain that makes the codes.
+    """
+
+    code: Code | None = BINARY
+    scale: float = 1.0
+    operator: ClassVar[str] = "BinarySign"
+
+    def operands(self) -> tuple[tuple[Tensor, ...], dict[str, int]]:
+        """What ``operator`` takes beside x: constants and attributes."""
+        return (), {}
+
+    def codes(self, x: Tensor) -> Tensor:
+        """float32 integers of ``code``, as ``operator`` makes them, NaNs included."""
+        raise NotImplementedError
+
+
+class ResidualQuantizer(ActivationQuantizer):
+    """forward: real activations -> sum_j b_j H_j, H_j = +-1, differentiable.
+
+    Attributes:
+        order: how many planes.
+        per_window: whether a layer quantises every receptive field on its own, unfolded to channels.
+    """
+
+    order: int
+    per_window: bool
+
+    def planes(self, x: Tensor, sign: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """[(H_j, b_j)], H_j in the shape of x and b_j broadcast over it; ``sign`` makes +-1 codes."""
+        raise NotImplementedError
 
 
 def sign(x: Tensor) -> Tensor:
@@ -70,16 +131,28 @@ def sign(x: Tensor) -> Tensor:
 
 
 def names() -> list[str]:
-    """Every quantiser of this folder."""
+    """Every member of this folder."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def load(name: str) -> type[WeightQuantizer] | type[ActivationQuantizer]:
-    """The quantiser class called ``name``.
+def _member(name: str) -> ModuleType:
+    return import_module(f"{__name__}.{name}")
 
-    Raises:
-        ValueError: there is no such quantiser.
-    """
-    if name not in names():
-        raise ValueError(f"there is no quantiser '{name}': choose one of {', '.join(names())}")
-    return import_module(f"{__name__}.{name}").QUANTIZER
+
+def _with(attribute: str) -> dict[str, type]:
+    return {name: found for name in names() if (found := getattr(_member(name), attribute, None)) is not None}
+
+
+def weights() -> dict[str, type[WeightQuantizer]]:
+    """The weight quantisers by name."""
+    return _with("WEIGHT")
+
+
+def activations() -> dict[str, type[ActivationQuantizer]]:
+    """The activation quantisers by name."""
+    return _with("ACTIVATION")
+
+
+def methods() -> dict[str, Method]:
+    """The published methods by name."""
+    return {name: _member(name).METHOD for name in names() if hasattr(_member(name), "METHOD")}
