@@ -22,7 +22,7 @@ from pipeline.export import export
 from pipeline.layers import QuantConv2d, QuantLinear
 from pipeline.packaging import oracle
 from tvm_ops import opset
-from tvm_ops.bitplanes import pack
+from tvm_ops.bitplanes import BINARY, TERNARY, encode, odd, pack, unsigned
 
 # What is exported --------------------------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ def test_the_checker_and_the_versions(binary_file: Path) -> None:
     assert {o.domain: o.version for o in proto.opset_import} == {"": 20, "ai.crossbit": 1}
     assert (proto.producer_name, proto.producer_version) == ("crossbit", "")
     used = {n.op_type for n in proto.graph.node if n.domain == opset.DOMAIN}
-    assert used == {"BinarySign", "UnpackSigns", "GroupScale", "Accumulator"}
+    assert used == {"BinarySign", "UnpackCodes", "GroupScale", "Accumulator"}
     assert {(f.domain, f.name) for f in proto.functions} == {(opset.DOMAIN, name) for name in used}
     assert {n.domain for f in proto.functions for n in f.node} == {""}
 
@@ -223,9 +223,9 @@ def save(
 
 def test_why_a_layer_is_float(tmp_path: Path) -> None:
     """Four convolutions, of which the last two differ in one operand from a binary one."""
-    words, weight = np.zeros((8, 9, 1), np.uint8), np.ones((8, 4, 3, 3), np.float32)
+    words, weight = np.zeros((1, 8, 9, 1), np.uint8), np.ones((8, 4, 3, 3), np.float32)
     unpacked = [
-        node("UnpackSigns", ["words"], "flat signs", channels=4),
+        node("UnpackCodes", ["words"], "flat signs", channels=4, ratios=[2], shift=-1),
         node("Reshape", ["flat signs", "shape"], "signs"),
     ]
     shape = np.array([8, 4, 3, 3])
@@ -234,7 +234,7 @@ def test_why_a_layer_is_float(tmp_path: Path) -> None:
         "signs": (
             [node("BinarySign", ["x"], "s"), node("Conv", ["s", "weight"], "y")],
             {"weight": weight},
-            "weights are float, activations are binary",
+            "weights are float, activations have 1 bit(s)",
         ),
         "activations": (
             [*unpacked, node("Conv", ["x", "signs"], "y")],
@@ -255,7 +255,8 @@ def test_why_a_layer_is_float(tmp_path: Path) -> None:
     for name, (nodes, constants, why) in cases.items():
         (layer,) = inspection.inspect(save(tmp_path / f"{name}.onnx", nodes, constants)).layers
         assert layer.why_float == why, name
-        assert layer.method == ("float" if why else "1w1a"), name
+        packed = "1w32a" if name == "activations" else "float"
+        assert layer.method == (packed if why else "1w1a"), name
         assert (layer.binary_macs, layer.float_macs) == ((0, 8 * 4 * 9 * 16) if why else (8 * 4 * 9 * 16, 0)), name
 
 
@@ -264,7 +265,7 @@ def binary_conv(**attributes: Any) -> tuple[list[onnx.NodeProto], dict[str, np.n
     channels = 4 // int(attributes.get("group", 1))
     nodes = [
         node("BinarySign", ["x"], "s"),
-        node("UnpackSigns", ["words"], "flat signs", channels=channels),
+        node("UnpackCodes", ["words"], "flat signs", channels=channels),
         node("Reshape", ["flat signs", "shape"], "signs"),
         node("Conv", ["s", "signs"], "y", **attributes),
     ]
@@ -485,10 +486,14 @@ def test_bodies_of_our_operators(rng: np.random.Generator, tmp_path: Path) -> No
     path = save(tmp_path / "sign.onnx", [node("BinarySign", ["x"], "y")])
     np.testing.assert_array_equal(oracle(path).run(None, {"x": x})[0], np.where(x >= 0, 1, -1))
 
-    signs = rng.choice(np.array([-1, 1]), (3, 5, 13))  # [O, T, C]
-    nodes = [node("UnpackSigns", ["words"], "u", channels=13), node("Add", ["x", "u"], "y")]
-    path = save(tmp_path / "unpack.onnx", nodes, {"words": pack(signs, "u1")}, [("x", TensorProto.FLOAT, [1])])
-    np.testing.assert_array_equal(oracle(path).run(None, {"x": np.zeros(1, np.float32)})[0], signs.transpose(0, 2, 1))
+    for code in (BINARY, TERNARY, odd(3), unsigned(2)):
+        values = rng.choice(np.array(code.values), (3, 5, 13))  # [O, T, C]
+        attributes = {"channels": 13, "ratios": list(code.ratios), "shift": code.shift}
+        nodes = [node("UnpackCodes", ["words"], "u", **attributes), node("Add", ["x", "u"], "y")]
+        words = pack(encode(values, code), "u1")
+        path = save(tmp_path / "unpack.onnx", nodes, {"words": words}, [("x", TensorProto.FLOAT, [1])])
+        found = oracle(path).run(None, {"x": np.zeros(1, np.float32)})[0]
+        np.testing.assert_array_equal(found, values.transpose(0, 2, 1))
 
     scale = rng.random(3).astype(np.float32)
     nodes = [node("GroupScale", ["scale"], "s", group=4, filters=10), node("Add", ["x", "s"], "y")]
