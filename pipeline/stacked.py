@@ -12,6 +12,7 @@ leaves scales, warm-up and balance open: those follow the idea's parent, Yang et
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline import quantizers
-from pipeline.layers import pad
+from pipeline.layers import activation_quantizer, pad
 from pipeline.quantizers import ResidualQuantizer, sign
 
 Scale = Literal["none", "filter", "selection", "bank"]
@@ -239,7 +239,7 @@ class StackedConv2d(nn.Module):
         scale: Scale = "filter",
         group: int = 1,
         activation: str = "xnor",
-        activation_options: dict[str, Any] | None = None,
+        activation_options: Mapping[str, Any] = {},
         balance: float = 1e-4,
     ) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ class StackedConv2d(nn.Module):
         self.kernel_size, self.stride, self.dilation = (kh, kw), _pair(stride), _pair(dilation)
         self.pads = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
         self.kind, self.group, self.balance = scale, group, balance
-        self.activation_quantizer = quantizers.activations()[activation](**(activation_options or {}))
+        self.activation_quantizer = activation_quantizer(activation, activation_options)
         if isinstance(self.activation_quantizer, ResidualQuantizer):
             raise ValueError(f"activation = '{activation}': stacked filters take one plane of codes, choose another")
         self.bank = nn.Parameter(torch.empty(bank, in_channels // segments, kh, kw))
@@ -311,6 +311,14 @@ class StackedConv2d(nn.Module):
         # a matrix product: as a convolution CUDA would round the maps to TF32
         y = select.movedim(0, 1).flatten(1) @ maps.reshape(len(codes), -1, maps[0, 0].numel())
         return y.unflatten(2, maps.shape[2:])
+
+
+@torch.no_grad()
+def constrain_(model: nn.Module) -> None:
+    """Clip R to [-1, 1], outside of which it has no gradient; call it after each optimiser step."""
+    for layer in model.modules():
+        if isinstance(layer, StackedConv2d):
+            layer.bank.clamp_(-1, 1)
 
 
 def begin_epoch(model: nn.Module, epoch: int, warmup: int) -> None:

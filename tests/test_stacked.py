@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.stacked import Scale, StackedConv2d, StackedWeight, begin_epoch, from_dense, ratio
+from pipeline.stacked import Scale, StackedConv2d, StackedWeight, begin_epoch, constrain_, from_dense, ratio
 
 SCALES: tuple[Scale, ...] = ("none", "filter", "selection", "bank")
 # channels, filters, kernel, stride, padding, dilation, segments, bank
@@ -154,6 +154,15 @@ def test_gradient_reaches_the_input(rng: np.random.Generator) -> None:
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
     assert x.grad[x.abs() >= 1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("activation", ["real", "dorefa", "tbn", "bnn"])
+def test_other_activations(activation: str, rng: np.random.Generator) -> None:
+    layer, x = make(rng, LAYERS[2], activation=activation)
+    layer(x)  # some keep a statistic of x
+    evaluation = layer.eval()(x)
+    layer.training = True  # the activation's quantiser stays in evaluation
+    torch.testing.assert_close(layer(x), evaluation, rtol=1e-5, atol=1e-4)
 
 
 # ---- selection: balance and warm-up ----
@@ -331,7 +340,8 @@ def test_a_new_layer_has_the_scale_that_fits_its_proxies(scale: Scale) -> None:
         ({"scale": "layer"}, r"scale = 'layer': choose one of none, filter, selection, bank"),
         ({"scale": "bank", "group": 2}, r"group = 2 with scale = 'bank'"),
         ({"group": 0}, r"group = 0"),
-        ({"activation": "relu9"}, r"relu9"),
+        ({"activation": "horq"}, r"activation = 'horq': stacked filters take one plane"),
+        ({"activation": "relu9"}, r"no activation quantiser 'relu9'"),
     ],
 )
 def test_refusals(arguments: dict[str, Any], sentence: str) -> None:
@@ -367,10 +377,12 @@ def test_digits_are_learnt(seed: int) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            constrain_(model)
             total += loss.item() / 28
         losses.append(total)
         selected.append(layer.encode().indices)
     print(losses)
+    assert layer.bank.abs().max() <= 1
     assert losses[-1] < losses[0] / 2
     assert not torch.equal(selected[0], selected[1])
     assert torch.equal(selected[1], selected[3])
