@@ -108,7 +108,7 @@ def _check(channels: int, area: int, segments: int, bank: int, kind: Scale, grou
     if kind not in get_args(Scale):
         raise ValueError(f"scale = '{kind}': choose one of {', '.join(get_args(Scale))}")
     if group < 1 or (group > 1 and kind != "filter"):
-        raise ValueError(f"group = {group} with scale = '{kind}': 1, or with scale = 'filter' more, can be given")
+        raise ValueError(f"group = {group} with scale = '{kind}': give 1; scale = 'filter' takes more")
 
 
 def from_dense(
