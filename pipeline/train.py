@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import recipe as recipes
+from pipeline import stacked
 from pipeline.data import Dataset, crop_flip, to_float
-from pipeline.layers import QuantConv2d, QuantLinear, constrain_
+from pipeline.layers import QuantConv2d, QuantLinear, constrain_, penalty
 from pipeline.models import ImageShape
 from pipeline.recipe import Recipe, Train
 
@@ -169,11 +170,15 @@ def _seed(*key: int) -> None:
 def _optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
     """Weight decay acts on float convolution and dense weights alone.
 
-    Batch norm and biases are spared as usual. So are latent weights: decay never changes sign(W), it only shrinks |W|,
-    the distance to the next flip, until bits flip at random (Helwegen et al., 2019: latent weights are inertia; Liu et
-    al., ReActNet, 2020, trains binary weights without decay), and the next BN undoes the smaller scale mean |W|.
+    Batch norm, biases and learned scales are spared as usual. So are latent weights: decay never changes sign(W), it
+    only shrinks |W|, the distance to the next flip, until bits flip at random (Helwegen et al., 2019: latent weights are
+    inertia; Liu et al., ReActNet, 2020, trains binary weights without decay), and the next BN undoes the smaller scale
+    mean |W|.
     """
     latent = {id(layer.weight) for layer in model.modules() if isinstance(layer, QuantConv2d | QuantLinear)}
+    latent |= {
+        id(p) for layer in model.modules() if isinstance(layer, stacked.StackedConv2d) for p in layer.parameters()
+    }
     decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in latent]
     chosen = {id(p) for p in decayed}
     spared = [p for p in model.parameters() if id(p) not in chosen]
@@ -202,7 +207,6 @@ class _Run:
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
         _seed(recipe.train.seed)
         self.model = recipe.build(dataset.image_shape, len(dataset.classes)).to(self.device)
-        self.shared: nn.Module = DistributedDataParallel(self.model) if world > 1 else self.model
         self.optimizer = _optimizer(self.model, recipe.train)
         self.history: list[Epoch] = []
 
@@ -230,6 +234,10 @@ class _Run:
     def epoch(self, advance: Callable[[], None]) -> Epoch:
         """Train for one epoch and test; ``advance`` is called after every step."""
         began, number, settings = time.perf_counter(), len(self.history), self.recipe.train
+        if self.recipe.quantize.stacked is not None:
+            stacked.begin_epoch(self.model, number, self.recipe.quantize.stacked.warmup)
+        # made anew, as it takes note of the parameters that are trained when it is made
+        self.shared: nn.Module = DistributedDataParallel(self.model) if self.world > 1 else self.model
         _seed(settings.seed, number)  # the order is common to the processes, the augmentation is not
         order = torch.randperm(len(self.dataset.train.labels))
         _seed(settings.seed, number, self.rank)
@@ -255,9 +263,10 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         logits = self.shared(to_float(images.to(self.device)))
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels) + penalty(self.model)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         constrain_(self.model)
+        stacked.constrain_(self.model)
         return torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()]).double()

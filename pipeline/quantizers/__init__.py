@@ -44,6 +44,11 @@ class Method:
     formula: str
     source: str
 
+    @property
+    def bits(self) -> str:
+        """Of weights and activations: '1w1a'."""
+        return f"{self.weight_bits}w{self.activation_bits}a"
+
 
 @dataclass(frozen=True)
 class CodedWeight:

@@ -46,5 +46,5 @@ METHOD = Method(
     activation_bits=32,
     operations="+, -",
     formula="sign(W)",
-    source="Courbariaux et al., BinaryConnect, 2015",
+    source="Courbariaux et al. 2015, arXiv 1511.00363",
 )

@@ -49,5 +49,5 @@ METHOD = Method(
     activation_bits=2,
     operations="XOR, bitcount",
     formula="sign(W), b1 sign(x) + b2 sign(x - b1 sign(x)), b_j = mean |R_j| over the example",
-    source="Tang et al., How to train a compact binary neural network with high accuracy?, 2017",
+    source="Tang et al. 2017, AAAI",
 )

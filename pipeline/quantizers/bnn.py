@@ -31,5 +31,5 @@ METHOD = Method(
     activation_bits=1,
     operations="XOR, bitcount",
     formula="sign(W), sign(x)",
-    source="Courbariaux et al., Binarized Neural Networks, 2016",
+    source="Courbariaux et al. 2016, arXiv 1602.02830",
 )

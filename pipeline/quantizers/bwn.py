@@ -96,5 +96,5 @@ METHOD = Method(
     activation_bits=32,
     operations="+, -",
     formula="a_g sign(W), a_g = mean |W| over M filters (BWN: M = 1)",
-    source="Rastegari et al., XNOR-Net, 2016; Lyu et al., arXiv 2005.09034",
+    source="Rastegari et al. 2016, arXiv 1603.05279; Lyu et al. 2020, arXiv 2005.09034",
 )

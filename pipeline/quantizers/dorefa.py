@@ -113,5 +113,5 @@ METHOD = Method(
     activation_bits=1,
     operations="AND, bitcount",
     formula="E sign(W), E = mean |W| of the layer; round(clip(x, 0, 1)); 1 to 8 bits each",
-    source="Zhou et al., DoReFa-Net, 2016",
+    source="Zhou et al. 2016, arXiv 1606.06160",
 )

@@ -40,5 +40,5 @@ METHOD = Method(
     activation_bits=2,
     operations="XOR, bitcount",
     formula="b1 sign(x) + b2 sign(x - b1 sign(x)), b_j = mean |R_j| over the window",
-    source="Li et al., Performance guaranteed network acceleration via high-order residual quantization, 2017",
+    source="Li et al. 2017, arXiv 1708.08687",
 )

@@ -68,5 +68,5 @@ METHOD = Method(
     activation_bits=2,
     operations="AND, XOR, bitcount",
     formula="sign(x) 1{|x| >= D}, D = 0.4 mean |x|",
-    source="Wan et al., TBN: CNN with ternary inputs and binary weights, 2018",
+    source="Wan et al. 2018, ECCV",
 )

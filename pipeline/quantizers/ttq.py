@@ -75,5 +75,5 @@ METHOD = Method(
     activation_bits=32,
     operations="+, -",
     formula="+Wp where W > D, -Wn where W < -D, else 0, D = 0.05 max |W|",
-    source="Zhu et al., Trained ternary quantization, 2017",
+    source="Zhu et al. 2017, arXiv 1612.01064",
 )

@@ -69,5 +69,5 @@ METHOD = Method(
     activation_bits=32,
     operations="+, -",
     formula="a sign(W) 1{|W| > D}, D = 0.7 mean |W|, a = mean |W| of the selected",
-    source="Li et al., Ternary weight networks, 2016",
+    source="Li et al. 2016, arXiv 1605.04711",
 )

@@ -31,5 +31,5 @@ METHOD = Method(
     activation_bits=1,
     operations="XOR, bitcount",
     formula="sign(x), times mean |x| of the window with input_scale",
-    source="Rastegari et al., XNOR-Net, 2016; Lyu et al., arXiv 2005.09034",
+    source="Rastegari et al. 2016, arXiv 1603.05279; Lyu et al. 2020, arXiv 2005.09034",
 )
