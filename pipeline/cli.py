@@ -352,6 +352,88 @@ def methods(as_json: Json = False) -> None:
     _table("quantisers", ("name", "operand", "bits", "levels", "formula", "source"), rows)
 
 
+@app.command()
+def cost(
+    channels: Annotated[int, typer.Option(min=1, help="Input channels of the layer; its filters do not matter.")] = 256,
+    kernel: Annotated[int, typer.Option(min=1, help="Side of the square kernel.")] = 3,
+    word: Annotated[int, typer.Option(min=1, help="L, binary operations at once: 64, or 512 for AVX-512.")] = 64,
+    group: Annotated[int, typer.Option(min=1, help="M, neighbouring filters that share a scale.")] = 16,
+    measure: Annotated[bool, typer.Option(help="Also time XNOR and float convolutions here, about a minute.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the speed-up over channels to this PNG file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the papers' cost model of one layer: the speed-up of cross-filter compression and of every other method.
+
+    Example: crossbit cost --channels 256 --kernel 3 --word 64 --group 16
+    """
+    from pipeline import cost as model
+
+    summary: dict[str, Any] = {
+        "channels": channels,
+        "kernel": kernel,
+        "word": word,
+        "group": group,
+        "gamma": model.GAMMA,
+        "speedup": model.speedup(channels, kernel, word, group),
+        "speedup_filterwise": model.speedup(channels, kernel, word),
+        "boundary": model.boundary(word, group),
+        "memory_ratio": model.memory_ratio(channels, kernel, group),
+        "multiplications_per_output": {"model": 1 / group, "exact": model.multiplications(group, 1, group) / group},
+        "methods": [dataclasses.asdict(row) for row in model.table(channels, kernel, word, group)],
+    }
+    points = []
+    if measure:
+        from pipeline import cost_measured
+
+        with _progress("timing") as advance:
+            points = cost_measured.measure(
+                sorted({64, 128, 256, channels}),
+                kernel,
+                sorted({1, group}),
+                on_round=lambda done, total: advance(done, total, "rounds"),
+            )
+        summary |= {"cpu": targets.cpu_name(), "measured": [dataclasses.asdict(p) for p in points]}
+    if plot is not None:
+        from pipeline import plots
+
+        plots.speedups(plot, word, group, points, targets.cpu_name())
+    if as_json:
+        _print_json(summary)
+        return
+    rows = [
+        (
+            row["method"],
+            f"{row['macs']:g}",
+            f"{row['additions']:g}",
+            f"{row['binary_operations']:g}",
+            f"{row['speedup']:.2f} x" if row["computed"] else f"~{row['speedup']:g} x",
+            row["published"],
+        )
+        for row in summary["methods"]
+    ]
+    title = f"model: operations counted, nothing timed; {channels} channels, {kernel}x{kernel}, L = {word}"
+    columns = ("method", "MACs", "additions", "binary a weight", "speed-up", "papers print (recalled)")
+    _table(title, columns, rows, right=(1, 2, 3, 4))
+    out.print(
+        f"eq 17, the paper's speed-up: {summary['speedup']:.2f} x at M = {group}, "
+        f"{summary['speedup_filterwise']:.2f} x at M = 1\n"
+        f"weights {summary['memory_ratio']:.2f} x smaller; one 5x5 layer beats two 3x3 up to "
+        f"{summary['boundary']:.2f} channels\n"
+        f"the model charges 1/{group} multiplication an output; a scaled float output takes 1, for any M",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if points:
+        measured = [
+            (str(p.channels), str(p.group), f"{p.float_us:.1f}", f"{p.binary_us:.1f}", f"{p.speedup:.2f} x")
+            for p in points
+        ]
+        title = (
+            f"measured, not modelled: {targets.cpu_name()}, 1 thread, {kernel}x{kernel} at 14x14, both compiled here"
+        )
+        _table(title, ("channels", "M", "float us", "XNOR us", "speed-up"), measured, right=(0, 1, 2, 3, 4))
+
+
 # Output ----------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,8 @@ class Cost:
         binary_operations: bitwise operations and bit counts per weight and output pixel.
         additions: float additions per output pixel; what a MAC becomes where weights alone are quantised.
         speedup: over the float convolution.
-        source: of the speed-up, and how sure it is.
+        computed: by the model; else it is the papers' figure, which the model cannot give.
+        published: what the method's paper says of its speed-up; in brackets where recalled, not read.
     """
 
     method: str
@@ -31,7 +32,8 @@ class Cost:
     binary_operations: float
     additions: float
     speedup: float
-    source: str
+    computed: bool
+    published: str
 
 
 def weights_per_filter(channels: int, kernel: int) -> int:
@@ -99,7 +101,7 @@ def table(
     activation_bits: int = 2,
     gamma: float = GAMMA,
 ) -> list[Cost]:
-    """Table 2 for one layer.
+    """Table 2 for one layer; its counts survived or are TBN's, its speed-ups are recomputed.
 
     Args:
         group: M of the cross-filter rows.
@@ -109,22 +111,24 @@ def table(
     q = weights_per_filter(channels, kernel)
     _check(word, group)
     bits = weight_bits * activation_bits
-    surviving = "the paper's formula, rebuilt; "
-    weights_only = "about 2x: the figure of XNOR-Net's paper, not computed"
 
-    def bitwise(method: str, macs: float, operations: float, source: str) -> Cost:
-        return Cost(method, macs, operations, 0, table_speedup(macs, operations, channels, kernel, word, gamma), source)
+    def weights_only(method: str, macs: float, published: str) -> Cost:
+        return Cost(method, macs, 0, q, 2.0, False, published)
+
+    def bitwise(method: str, macs: float, operations: float, published: str) -> Cost:
+        gain = table_speedup(macs, operations, channels, kernel, word, gamma)
+        return Cost(method, macs, operations, 0, gain, True, published)
 
     return [
-        Cost("full precision", q, 0, 0, 1.0, "by definition"),
-        *(Cost(method, 0, 0, q, 2.0, weights_only) for method in ("TTQ", "TWN", "BWN", "BC")),
-        Cost(f"BW-CF{group}", 1 / group, 0, q, 2.0, "about 2x as BWN: the paper's own number is lost"),
-        bitwise("BNN, BinaryNet", 0, 2, surviving + "TBN's paper prints 64x (recalled)"),
-        bitwise("XNOR-Net", 2, 2, surviving + "XNOR-Net's abstract: 58x"),
-        bitwise(f"XNOR-CF{group}", 2 / group, 2, surviving + "half of eq 17, whose M = 16 is the abstract's 122x"),
-        bitwise(f"HORQ, order {order}", 2 * order, 2 * order, surviving + "its summaries: 58, ~30, ~20, ~15x"),
-        bitwise(f"DoReFa {weight_bits}w{activation_bits}a", 1, 2 * bits, surviving + "8nmq: 15x (recalled)"),
-        bitwise("TBN", 1, 3, surviving + "its abstract: 40x"),
+        Cost("full precision", q, 0, 0, 1.0, True, "1x"),
+        *(weights_only(method, 0, "(~2x)") for method in ("TTQ", "TWN", "BWN", "BC")),
+        weights_only(f"BW-CF{group}", 1 / group, "lost; taken as BWN's"),
+        bitwise("BNN, BinaryNet", 0, 2, "(64x)"),
+        bitwise("XNOR-Net", 2, 2, "58x"),
+        bitwise(f"XNOR-CF{group}", 2 / group, 2, "lost; M = 16 by eq 17: 122x"),
+        bitwise(f"HORQ, order {order}", 2 * order, 2 * order, "58x, ~30x, ~20x, ~15x by order"),
+        bitwise(f"DoReFa {weight_bits}w{activation_bits}a", 1, 2 * bits, "(15x at 2w2a)"),
+        bitwise("TBN", 1, 3, "40x"),
     ]
 
 
