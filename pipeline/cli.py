@@ -353,6 +353,83 @@ def methods(as_json: Json = False) -> None:
 
 
 @app.command()
+def similarity(
+    source: Annotated[Path, typer.Argument(help="A training folder, a checkpoint or an ONNX file, filter-wise.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw scales and prices to this PNG file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how alike the scales of each layer's filters are, and what sharing them costs.
+
+    Example: crossbit similarity runs/m1
+    """
+    from pipeline import convert as converting
+
+    layers = converting.layers(source)
+    if plot is not None:
+        from pipeline import plots
+
+        plots.similarity(plot, layers)
+    if as_json:
+        _print_json([layer.summary() for layer in layers])
+        return
+    groups = sorted({m for layer in layers for m in layer.groups()})
+    rows = [
+        (
+            layer.name,
+            str(len(layer.scales)),
+            f"{layer.scales.mean():.4g}",
+            f"{layer.spread:.1%}",
+            *(f"{layer.relative_price(m):.2%}" if m in layer.groups() else "" for m in groups),
+        )
+        for layer in layers
+    ]
+    columns = ("layer", "filters", "mean scale", "spread", *(f"M={m}" for m in groups))
+    _table(f"{source}: price of sharing, of the weights' energy", columns, rows, right=tuple(range(1, len(columns))))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A training folder, a checkpoint or an ONNX file, filter-wise.")],
+    result: Annotated[Path, typer.Option("--output", "-o", help="A training folder, or an ONNX file, as the source.")],
+    group: Annotated[int | None, typer.Option(min=1, help="M, filters per scale, in every layer.")] = None,
+    budget: Annotated[float | None, typer.Option(help="The largest M per layer whose price is at most this.")] = None,
+    activation: Annotated[str | None, typer.Option(help="Of a float network; default: its recipe's.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw scales, prices and the chosen M to this PNG file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a trained network cross-filter: the bits stay, M neighbours share the mean of their scales.
+
+    Example: crossbit convert runs/m1 -o runs/m1-shared --budget 0.02
+    """
+    from pipeline import convert as converting
+    from pipeline import similarity as alike
+
+    layers = converting.layers(source, activation)
+    groups = alike.pick(layers, group, budget)
+    converting.convert(source, result, groups, activation)
+    if plot is not None:
+        from pipeline import plots
+
+        plots.similarity(plot, layers, groups)
+    if as_json:
+        _print_json([{**layer.summary(), "group": groups[layer.name]} for layer in layers])
+        return
+    rows = [
+        (
+            layer.name,
+            str(len(layer.scales)),
+            str(groups[layer.name]),
+            str(len(layer.shared(groups[layer.name]))),
+            f"{layer.relative_price(groups[layer.name]):.2%}",
+        )
+        for layer in layers
+    ]
+    columns = ("layer", "filters", "M", "scales", "price")
+    _table(f"{source}: price in the weights' energy", columns, rows, right=(1, 2, 3, 4))
+    _say("converted", f"{result}; fine-tune a training folder with `crossbit train RECIPE --start {result}`")
+
+
+@app.command()
 def cost(
     channels: Annotated[int, typer.Option(min=1, help="Input channels of the layer; its filters do not matter.")] = 256,
     kernel: Annotated[int, typer.Option(min=1, help="Side of the square kernel.")] = 3,
@@ -425,13 +502,20 @@ def cost(
     )
     if points:
         measured = [
-            (str(p.channels), str(p.group), f"{p.float_us:.1f}", f"{p.binary_us:.1f}", f"{p.speedup:.2f} x")
+            (
+                str(p.channels),
+                str(p.group),
+                f"{p.float_us:.1f}",
+                f"{p.onnxruntime_us:.1f}",
+                f"{p.binary_us:.1f}",
+                f"{p.speedup:.2f} x",
+                f"{p.onnxruntime_us / p.binary_us:.2f} x",
+            )
             for p in points
         ]
-        title = (
-            f"measured, not modelled: {targets.cpu_name()}, 1 thread, {kernel}x{kernel} at 14x14, both compiled here"
-        )
-        _table(title, ("channels", "M", "float us", "XNOR us", "speed-up"), measured, right=(0, 1, 2, 3, 4))
+        title = f"measured, not modelled: {targets.cpu_name()}, 1 thread, {kernel}x{kernel} at 14x14"
+        columns = ("channels", "M", "float us", "ONNX Runtime us", "XNOR us", "over float", "over ONNX Runtime")
+        _table(title, columns, measured, right=tuple(range(7)))
 
 
 # Output ----------------------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pipeline import cost
+from pipeline.similarity import LayerScales
 
 if TYPE_CHECKING:
     from pipeline.cost_measured import Point
@@ -24,7 +26,7 @@ def dress(axes: Any, title: str, x: str, y: str = "") -> None:
     axes.tick_params(labelsize=8)
 
 
-def _channel_axis(axes: Any, ticks: Sequence[int]) -> None:
+def _doubling_axis(axes: Any, ticks: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(c) for c in ticks])
     axes.minorticks_off()
@@ -49,7 +51,7 @@ def speedups(file: Path, word: int, group: int, measured: Sequence[Point] = (), 
     axes.axhline(cost.GAMMA * word, color=GREY, linewidth=0.8, linestyle=":")
     axes.text(channels[0], cost.GAMMA * word, "limit, gamma L", color=GREY, fontsize=8, va="bottom")
     dress(axes, f"model: operations counted, eq 17, L = {word}", "channels", "times faster than float")
-    _channel_axis(axes, channels)
+    _doubling_axis(axes, channels)
     axes.set_ylim(0)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     for panel in others:
@@ -67,7 +69,57 @@ def speedups(file: Path, word: int, group: int, measured: Sequence[Point] = (), 
                 markerfacecolor="none",
             )
         dress(panel, f"measured: both compiled, 14x14, 1 thread\n{cpu}", "channels", "times faster than float")
-        _channel_axis(panel, ticks)
+        _doubling_axis(panel, ticks)
         panel.set_ylim(0)
         panel.legend(fontsize=8, frameon=False, loc="lower right")
     _save(figure, file)
+
+
+def similarity(file: Path, layers: Sequence[LayerScales], chosen: Mapping[str, int] = MappingProxyType({})) -> None:
+    """A histogram of every layer's filter-wise scales, and the price of sharing over M; ``chosen`` M are marked."""
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(max(6.4, 2.6 * columns), 1.9 * rows + 3.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.9 * rows, 3.4))
+    grid = above.subplots(rows, columns, squeeze=False).flat
+    for axes, layer in zip(grid, layers, strict=False):
+        axes.hist(layer.scales, bins=min(30, max(5, len(layer.scales) // 4)), color=BLUE)
+        axes.axvline(layer.scales.mean(), color=RED, linewidth=1)
+        dress(axes, f"layer {layer.name}, {len(layer.scales)} filters", "", "")
+        axes.locator_params(nbins=4)
+    for axes in list(grid):
+        axes.set_visible(False)
+    above.supxlabel("filter-wise scale, mean in red", fontsize=9)
+    above.supylabel("filters", fontsize=9)
+
+    axes = below.subplots()
+    for i, layer in enumerate(layers):
+        shade = _shade(i, len(layers))
+        prices = {m: 100 * layer.relative_price(m) for m in layer.groups()}
+        axes.plot(list(prices), list(prices.values()), "-o", color=shade, label=layer.name, markersize=3, linewidth=1.2)
+        if layer.name in chosen:
+            m = min(chosen[layer.name], len(layer.scales))
+            axes.plot(m, 100 * layer.relative_price(m), "o", color=shade, markersize=10, markerfacecolor="none")
+    title = "price of sharing a scale" + (", chosen M circled" if chosen else "")
+    dress(axes, title, "M, filters that share a scale", "% of the weights' energy")
+    _doubling_axis(axes, sorted({m for layer in layers for m in layer.groups()}))
+    axes.set_ylim(0)
+    axes.legend(
+        title="layer",
+        title_fontsize=8,
+        fontsize=8,
+        frameon=False,
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+        ncols=-(-len(layers) // 10),
+    )
+    _save(figure, file)
+
+
+def _shade(i: int, count: int) -> Any:
+    """Colours from the first layer to the last, dark to light."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](i / max(1, count - 1) * 0.85)
