@@ -72,7 +72,7 @@ def train(
     summary = {
         "name": folder.name,
         "model": chosen.model.name,
-        "method": f"1w1a/{chosen.quantize.group}" if chosen.model.quantize else "float",
+        "method": chosen.quantize.label if chosen.model.quantize else "float",
         "data": dataset.name,
         "accuracy": result.last,
         "best_accuracy": result.best,
@@ -338,18 +338,18 @@ def list_targets(as_json: Json = False) -> None:
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the quantisers: what they do to weights or activations, their bits and their source.
+    """List the published methods: their quantisers, bits and operations, their formula and source.
 
     Example: crossbit methods
     """
     from pipeline import quantizers
 
-    found = {name: quantizers.load(name).method for name in quantizers.names()}
+    found = quantizers.methods()
     if as_json:
-        _print_json([{"name": name, **dataclasses.asdict(method)} for name, method in found.items()])
+        _print_json([{"name": name, "bits": m.bits, **dataclasses.asdict(m)} for name, m in found.items()])
         return
-    rows = [(name, m.operand, str(m.bits), m.levels, m.formula, m.source) for name, m in found.items()]
-    _table("quantisers", ("name", "operand", "bits", "levels", "formula", "source"), rows)
+    rows = [(m.title, f"{m.weight} {m.activation}", m.bits, m.operations, m.formula, m.source) for m in found.values()]
+    _table("methods", ("method", "quantisers", "bits", "operations", "formula", "source"), rows)
 
 
 @app.command()

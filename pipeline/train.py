@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import recipe as recipes
 from pipeline.data import Dataset, crop_flip, to_float
-from pipeline.layers import QuantConv2d, QuantLinear, constrain_
+from pipeline.layers import QuantConv2d, QuantLinear, constrain_, penalty
 from pipeline.models import ImageShape
 from pipeline.recipe import Recipe, Train
 
@@ -169,9 +169,10 @@ def _seed(*key: int) -> None:
 def _optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
     """Weight decay acts on float convolution and dense weights alone.
 
-    Batch norm and biases are spared as usual. So are latent weights: decay never changes sign(W), it only shrinks |W|,
-    the distance to the next flip, until bits flip at random (Helwegen et al., 2019: latent weights are inertia; Liu et
-    al., ReActNet, 2020, trains binary weights without decay), and the next BN undoes the smaller scale mean |W|.
+    Batch norm, biases and learned scales are spared as usual. So are latent weights: decay never changes sign(W), it
+    only shrinks |W|, the distance to the next flip, until bits flip at random (Helwegen et al., 2019: latent weights are
+    inertia; Liu et al., ReActNet, 2020, trains binary weights without decay), and the next BN undoes the smaller scale
+    mean |W|.
     """
     latent = {id(layer.weight) for layer in model.modules() if isinstance(layer, QuantConv2d | QuantLinear)}
     decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in latent]
@@ -255,7 +256,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         logits = self.shared(to_float(images.to(self.device)))
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels) + penalty(self.model)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -1,14 +1,14 @@
 """The networks by name: this folder is the registry, a file without a leading underscore is a member.
 
 A member defines ``build(image_shape, classes, quantize, *, ...) -> nn.Module``. Its keyword-only arguments, each with a
-default, are the options of a recipe's ``[model]``. The first and the last layer are always float.
+default, are the options of a recipe's ``[model]``. The first and the last layer are float unless `Quantize` says so.
 """
 
 from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -16,28 +16,58 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.layers import QuantConv2d, QuantLinear
-from pipeline.quantizers.bwn import Gradient
+from pipeline.quantizers import ResidualQuantizer
 
 ImageShape = tuple[int, int, int]  # channels, height, width
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """How the inner layers are quantised: the arguments of `pipeline.layers.QuantConv2d`. None: the float twin.
+    """How a network is quantised: the arguments of `pipeline.layers.QuantConv2d`. None: the float twin.
+
+    Attributes:
+        first: quantise the first layer too (CF section 6.3); images come as 8-bit integers unless activations are real.
+        last: quantise the last layer too.
 
     Raises:
         ValueError: what a layer would refuse.
     """
 
     weight: str = "bwn"
-    activation: str = "sign"
-    group: int = 16
+    activation: str = "xnor"
+    group: int = 1
+    weight_options: dict[str, Any] = field(default_factory=dict)
+    activation_options: dict[str, Any] = field(default_factory=dict)
     input_scale: bool = False
-    gradient: Gradient = "published"
+    gradient_bits: int = 32
+    first: bool = False
+    last: bool = False
 
     def __post_init__(self) -> None:
-        with torch.device("meta"):  # so that the layer made for its refusals draws no random numbers
-            QuantLinear(1, 1, **asdict(self))
+        self._example()
+
+    def _example(self) -> QuantLinear:
+        with torch.device("meta"):  # a layer made for its refusals or its bits draws no random numbers
+            return QuantLinear(1, 1, **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """What a layer takes."""
+        return {name: value for name, value in asdict(self).items() if name not in ("first", "last")}
+
+    @property
+    def real(self) -> bool:
+        """Whether activations stay real, so that a nonlinearity has to come before a layer."""
+        return self._example().activation_quantizer.code is None
+
+    @property
+    def label(self) -> str:
+        """Bits of weights and activations, and M where filters share a scale: '1w1a/16'."""
+        layer = self._example()
+        weight, activation = layer.weight_quantizer, layer.activation_quantizer
+        bits = activation.code.bits if activation.code is not None else 32
+        bits *= activation.order if isinstance(activation, ResidualQuantizer) else 1
+        shared = f"/{self.group}" if self.group > 1 else ""
+        return f"{weight.encode(layer.weight).code.bits}w{bits}a{shared}"
 
 
 class GlobalAverage(nn.Module):
@@ -56,10 +86,47 @@ def conv2d(
     stride: int = 1,
     padding: int = 0,
 ) -> nn.Module:
-    """sign -> convolution of bits; in the float twin ReLU -> convolution."""
+    """Quantised activations -> convolution; where they are real, and in the float twin, ReLU -> convolution."""
     if quantize is None:
         return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False))
-    return QuantConv2d(c_in, c_out, kernel, stride, padding, **asdict(quantize))
+    conv = QuantConv2d(c_in, c_out, kernel, stride, padding, **quantize.arguments())
+    return nn.Sequential(nn.ReLU(), conv) if quantize.real else conv
+
+
+def linear(c_in: int, c_out: int, quantize: Quantize | None) -> nn.Module:
+    """`conv2d`, dense."""
+    if quantize is None:
+        return nn.Sequential(nn.ReLU(), nn.Linear(c_in, c_out, bias=False))
+    dense = QuantLinear(c_in, c_out, **quantize.arguments())
+    return nn.Sequential(nn.ReLU(), dense) if quantize.real else dense
+
+
+def first_conv2d(
+    c_in: int,
+    c_out: int,
+    kernel: int,
+    quantize: Quantize | None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    bias: bool = False,
+) -> nn.Module:
+    """A convolution of images: float, or with ``Quantize.first`` quantised."""
+    if quantize is None or not quantize.first:
+        return nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=bias)
+    images = replace(quantize, activation_options={}, input_scale=False)
+    images = images if quantize.real else replace(images, activation="pixels")
+    return QuantConv2d(c_in, c_out, kernel, stride, padding, bias=bias, **images.arguments())
+
+
+def classifier(features: int, classes: int, quantize: Quantize | None) -> list[nn.Module]:
+    """BN -> linear over [N, features] that come from a ReLU; float, the linear layer alone.
+
+    The sign of what a ReLU gives is always +1: a batch norm centres it for a quantised layer.
+    """
+    if quantize is None or not quantize.last:
+        return [nn.Linear(features, classes)]
+    return [nn.BatchNorm1d(features), QuantLinear(features, classes, bias=True, **quantize.arguments())]
 
 
 def names() -> list[str]:

@@ -7,26 +7,27 @@ paper's code base has before the second 5x5 and before the 3x3, which its text d
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from torch import nn
 
 from pipeline.layers import QuantConv2d
-from pipeline.models import GlobalAverage, ImageShape, Quantize
+from pipeline.models import GlobalAverage, ImageShape, Quantize, first_conv2d
 
 
 def _block(c_in: int, c_out: int, kernel: int, quantize: Quantize | None) -> list[nn.Module]:
     pad = kernel // 2
     if quantize is None:
         return [nn.Conv2d(c_in, c_out, kernel, padding=pad), nn.BatchNorm2d(c_out, 1e-4), nn.ReLU()]
-    conv = QuantConv2d(c_in, c_out, kernel, 1, pad, bias=True, **asdict(quantize))
+    conv = QuantConv2d(c_in, c_out, kernel, 1, pad, bias=True, **quantize.arguments())
     return [nn.BatchNorm2d(c_in, 1e-4), conv, nn.ReLU()]
 
 
 def build(image_shape: ImageShape, classes: int, quantize: Quantize | None) -> nn.Module:
     """conv -> BN -> ReLU, 7 blocks BN -> sign -> conv -> ReLU (float twin: conv -> BN -> ReLU), BN -> conv -> ReLU."""
+    last: nn.Module = nn.Conv2d(192, classes, 1)
+    if quantize is not None and quantize.last:
+        last = QuantConv2d(192, classes, 1, bias=True, **quantize.arguments())
     return nn.Sequential(
-        nn.Conv2d(image_shape[0], 192, 5, padding=2),
+        first_conv2d(image_shape[0], 192, 5, quantize, padding=2, bias=True),
         nn.BatchNorm2d(192, 1e-4, affine=False),
         nn.ReLU(),
         *_block(192, 160, 1, quantize),
@@ -39,7 +40,7 @@ def build(image_shape: ImageShape, classes: int, quantize: Quantize | None) -> n
         *_block(192, 192, 3, quantize),
         *_block(192, 192, 1, quantize),
         nn.BatchNorm2d(192, 1e-4, affine=False),
-        nn.Conv2d(192, classes, 1),
+        last,
         nn.ReLU(),
         GlobalAverage(),
     )

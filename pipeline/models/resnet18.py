@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.models import GlobalAverage, ImageShape, Quantize, conv2d
+from pipeline.models import GlobalAverage, ImageShape, Quantize, classifier, conv2d, first_conv2d
 
 
 class Block(nn.Module):
@@ -48,13 +48,14 @@ def build(
     least = 8 if stem == "cifar" else 32
     if image_shape[1] % least or image_shape[2] % least:
         raise ValueError(f"resnet18 with the {stem} stem needs sides divisible by {least}, not images of {image_shape}")
-    layers: list[nn.Module] = [nn.Conv2d(image_shape[0], width, 3, padding=1, bias=False)]
+    layers = [first_conv2d(image_shape[0], width, 3, quantize, padding=1)]
     if stem == "imagenet":
-        layers = [nn.Conv2d(image_shape[0], width, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)]
+        layers = [first_conv2d(image_shape[0], width, 7, quantize, stride=2, padding=3), nn.MaxPool2d(3, 2, 1)]
     channels = width
     for stage in range(4):
         for block in range(4):
             stride = 2 if stage > 0 and block == 0 else 1
             layers += [Block(channels, channels * stride, stride, quantize)]
             channels *= stride
-    return nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(), GlobalAverage(), nn.Linear(channels, classes))
+    head = [nn.BatchNorm2d(channels), nn.ReLU(), GlobalAverage(), *classifier(channels, classes, quantize)]
+    return nn.Sequential(*layers, *head)

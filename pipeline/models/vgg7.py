@@ -5,18 +5,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from torch import nn
 
-from pipeline.layers import QuantLinear
-from pipeline.models import ImageShape, Quantize, conv2d
+from pipeline.models import ImageShape, Quantize, classifier, conv2d, first_conv2d, linear
 
 
 def build(image_shape: ImageShape, classes: int, quantize: Quantize | None) -> nn.Module:
     """Float conv, 5 times BN -> sign -> conv, BN -> sign -> dense, BN -> ReLU -> linear; a max pool every 2 convs."""
     channels, height, width = image_shape
-    layers: list[nn.Module] = [nn.Conv2d(channels, 128, 3, padding=1, bias=False)]
+    layers: list[nn.Module] = [first_conv2d(channels, 128, 3, quantize, padding=1)]
     for c_in, c_out, pool in (
         (128, 128, True),
         (128, 256, False),
@@ -27,9 +24,5 @@ def build(image_shape: ImageShape, classes: int, quantize: Quantize | None) -> n
         layers += [nn.BatchNorm2d(c_in), conv2d(c_in, c_out, 3, quantize, padding=1)]
         layers += [nn.MaxPool2d(2)] if pool else []
     features = 512 * (height // 8) * (width // 8)
-    if quantize is None:
-        dense: list[nn.Module] = [nn.ReLU(), nn.Linear(features, 1024, bias=False)]
-    else:
-        dense = [QuantLinear(features, 1024, **asdict(quantize))]
-    head = [nn.BatchNorm1d(1024), nn.ReLU(), nn.Linear(1024, classes)]
-    return nn.Sequential(*layers, nn.BatchNorm2d(512), nn.Flatten(), *dense, *head)
+    layers += [nn.BatchNorm2d(512), nn.Flatten(), linear(features, 1024, quantize)]
+    return nn.Sequential(*layers, nn.BatchNorm1d(1024), nn.ReLU(), *classifier(1024, classes, quantize))

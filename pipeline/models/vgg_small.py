@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pipeline.models import GlobalAverage, ImageShape, Quantize, conv2d
+from pipeline.models import GlobalAverage, ImageShape, Quantize, classifier, conv2d, first_conv2d
 
 
 def build(
@@ -33,10 +33,10 @@ def build(
     layers: list[nn.Module] = []
     for i, (c_in, c_out) in enumerate(zip((image_shape[0], *widths), widths, strict=False)):
         if i == 0:
-            layers += [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)]
+            layers += [first_conv2d(c_in, c_out, 3, quantize, padding=1)]
         else:
             layers += [nn.BatchNorm2d(c_in), conv2d(c_in, c_out, 3, quantize, padding=1)]
         if i in pool_after:
             layers += [nn.MaxPool2d(2)]
-    head = [nn.BatchNorm2d(widths[-1]), nn.ReLU(), GlobalAverage(), nn.Linear(widths[-1], classes)]
+    head = [nn.BatchNorm2d(widths[-1]), nn.ReLU(), GlobalAverage(), *classifier(widths[-1], classes, quantize)]
     return nn.Sequential(*layers, *head)

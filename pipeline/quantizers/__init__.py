@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,11 @@ class Method:
     operations: str
     formula: str
     source: str
+
+    @property
+    def bits(self) -> str:
+        """Of weights and activations: '1w1a'."""
+        return f"{self.weight_bits}w{self.activation_bits}a"
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,11 @@ class ActivationQuantizer(nn.Module):
 
 
 class ResidualQuantizer(ActivationQuantizer):
-    """forward: real activations -> sum_j b_j H_j, H_j = +-1, differentiable.
+    """forward: x -> sum_j b_j H_j, with R_1 = x and for j = 1, 2, ...
+
+        H_j = sign(R_j),  b_j = mean |R_j|,  R_{j+1} = R_j - b_j H_j;    dC/dx = g 1{|x| <= 1}
+
+    The gradient is straight-through on the sum: the scales are constants to it (papers' section 3.2).
 
     Attributes:
         order: how many planes.
@@ -120,14 +129,71 @@ class ResidualQuantizer(ActivationQuantizer):
     order: int
     per_window: bool
 
+    def magnitude(self, x: Tensor) -> Tensor:
+        """The mean of |x| that becomes a plane's scale, broadcast over x."""
+        raise NotImplementedError
+
     def planes(self, x: Tensor, sign: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
         """[(H_j, b_j)], H_j in the shape of x and b_j broadcast over it; ``sign`` makes +-1 codes."""
-        raise NotImplementedError
+        found: list[tuple[Tensor, Tensor]] = []
+        for _ in range(self.order):
+            x = x - found[-1][1] * found[-1][0] if found else x
+            found.append((sign(x), self.magnitude(x)))
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = (scale * codes for codes, scale in self.planes(x.detach(), sign))
+        return straight_through(x, sum(others, first), x.abs() <= 1)
 
 
 def sign(x: Tensor) -> Tensor:
     """+-1 with sign(0) = +1, so that one bit stores it; a NaN is -1 (no comparison with it holds)."""
     return torch.where(x >= 0, 1.0, -1.0)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (gate,) = ctx.saved_tensors
+        return g if gate is None else g * gate, None, None
+
+
+def straight_through(x: Tensor, value: Tensor, gate: Tensor | None = None) -> Tensor:
+    """``value``, to the bit; its gradient goes to x, times ``gate`` where one is given."""
+    return _StraightThrough.apply(x, value, gate)
+
+
+def sum_groups(per_filter: Tensor, group: int) -> Tensor:
+    """Sums of ``group`` neighbouring entries of a vector; the last group may be smaller. [O] -> [ceil(O / group)]."""
+    missing = -len(per_filter) % group
+    return torch.nn.functional.pad(per_filter, (0, missing)).view(-1, group).sum(1)
+
+
+def checked_group(group: int) -> int:
+    """``group``, the number of filters that share a scale.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    if group < 1:
+        raise ValueError(f"group = {group}: a scale is shared by at least one filter, give 1 or more")
+    return group
+
+
+def checked_integer(name: str, value: int, most: int = 8) -> int:
+    """``value``, an option called ``name``.
+
+    Raises:
+        ValueError: it is no integer from 1 to ``most``.
+    """
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{name} = {value!r}: give an integer from 1 to {most}")
+    return value
 
 
 def names() -> list[str]:

@@ -10,20 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pipeline.quantizers import BitWeight, Method, WeightQuantizer, sign
+from pipeline.quantizers import CodedWeight, Method, WeightQuantizer, checked_group, sign, sum_groups
 
 Gradient = Literal["published", "exact"]
 
 
-def _sum_groups(per_filter: Tensor, group: int) -> Tensor:
-    """Sums of ``group`` neighbouring entries of a vector; the last group may be smaller. [O] -> [ceil(O / group)]."""
-    missing = -len(per_filter) % group
-    return torch.nn.functional.pad(per_filter, (0, missing)).view(-1, group).sum(1)
-
-
 def _weights_in_group(weight: Tensor, group: int) -> Tensor:
     """N_s of every group: the number of weights that share its scale, float32 [ceil(O / group)]."""
-    return _sum_groups(torch.full((len(weight),), float(weight[0].numel())), group).to(weight.device)
+    return sum_groups(torch.full((len(weight),), float(weight[0].numel())), group).to(weight.device)
 
 
 class _CrossFilter(torch.autograd.Function):
@@ -31,10 +25,10 @@ class _CrossFilter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, group: int, gradient: Gradient) -> Tensor:
-        bits = encode(weight, group)
-        ctx.save_for_backward(weight, bits.signs, bits.per_filter())
+        coded = encode(weight, group)
+        ctx.save_for_backward(weight, coded.codes, coded.per_filter())
         ctx.group, ctx.gradient = group, gradient
-        return bits.dequantize()
+        return coded.dequantize()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
@@ -48,15 +42,15 @@ class _CrossFilter(torch.autograd.Function):
         n_s = _weights_in_group(weight, ctx.group)
         if ctx.gradient == "published":
             return g / spread(n_s) + through, None, None
-        shared = _sum_groups((g * signs).flatten(1).sum(1), ctx.group) / n_s
+        shared = sum_groups((g * signs).flatten(1).sum(1), ctx.group) / n_s
         return signs * spread(shared) + through, None, None
 
 
-def encode(weight: Tensor, group: int) -> BitWeight:
+def encode(weight: Tensor, group: int) -> CodedWeight:
     """B = sign(W), alpha_g = mean |W| over the slice of ``group`` filters (CF eq 6 and 8)."""
     magnitudes = weight.detach().abs().flatten(1).double().sum(1)
-    scale = _sum_groups(magnitudes, group) / _weights_in_group(weight, group).double()
-    return BitWeight(sign(weight.detach()), scale.float(), group)
+    scale = sum_groups(magnitudes, group) / _weights_in_group(weight, group).double()
+    return CodedWeight(sign(weight.detach()), scale.float(), group)
 
 
 class CrossFilterBinary(WeightQuantizer):
@@ -71,22 +65,16 @@ class CrossFilterBinary(WeightQuantizer):
         gradient: which of the two rules.
     """
 
-    method = Method(
-        "weight", 1, "-a, +a", "a_g sign(W), a_g = mean |W| over M filters", "XNOR-Net 2016 (M=1); arXiv 2005.09034"
-    )
-
     def __init__(self, group: int = 1, gradient: Gradient = "published") -> None:
         super().__init__()
-        if group < 1:
-            raise ValueError(f"group = {group}: a scale is shared by at least one filter, give 1 or more")
         if gradient not in ("published", "exact"):
             raise ValueError(f"gradient = '{gradient}': choose 'published' or 'exact'")
-        self.group, self.gradient = group, gradient
+        self.group, self.gradient = checked_group(group), gradient
 
     def forward(self, weight: Tensor) -> Tensor:
         return _CrossFilter.apply(weight, self.group, self.gradient)
 
-    def encode(self, weight: Tensor) -> BitWeight:
+    def encode(self, weight: Tensor) -> CodedWeight:
         return encode(weight, self.group)
 
     @torch.no_grad()
@@ -97,4 +85,16 @@ class CrossFilterBinary(WeightQuantizer):
         weight.clamp_(-1, 1)
 
 
-QUANTIZER = CrossFilterBinary
+WEIGHT = CrossFilterBinary
+METHOD = Method(
+    title="BWN / BW-CF",
+    weight="bwn",
+    activation="real",
+    weight_levels="-a, +a",
+    activation_levels="real",
+    weight_bits=1,
+    activation_bits=32,
+    operations="+, -",
+    formula="a_g sign(W), a_g = mean |W| over M filters (BWN: M = 1)",
+    source="Rastegari et al. 2016, arXiv 1603.05279; Lyu et al. 2020, arXiv 2005.09034",
+)
