@@ -48,6 +48,7 @@ def train(
     data: Annotated[Path | None, typer.Option(help="The data set, for recipes that need one.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="Override a field: quantize.group=1 (repeatable).")] = [],  # noqa: B006
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in the folder.")] = False,
+    start: Annotated[Path | None, typer.Option(help="Fine-tune this run: its network, the recipe's training.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train a network.
@@ -59,6 +60,7 @@ def train(
     from pipeline import train as training
 
     chosen = recipes.load(recipe)
+    chosen = chosen if start is None else training.start_recipe(chosen, start)
     tables = chosen.model_dump()
     for assignment in set_:
         name, equals, value = assignment.partition("=")
@@ -68,11 +70,11 @@ def train(
         tables[section][field] = _toml_value(value)
     chosen = recipes.parse(tables, f"{recipe} with {' '.join(set_)}") if set_ else chosen
     dataset = datasets.load(chosen.data.name, data)
-    result = training.train(chosen, dataset, folder, resume)
+    result = training.train(chosen, dataset, folder, resume, start)
     summary = {
         "name": folder.name,
         "model": chosen.model.name,
-        "method": chosen.quantize.label if chosen.model.quantize else "float",
+        "method": chosen.label,
         "data": dataset.name,
         "accuracy": result.last,
         "best_accuracy": result.best,
@@ -514,8 +516,8 @@ def cost(
             for p in points
         ]
         title = f"measured, not modelled: {targets.cpu_name()}, 1 thread, {kernel}x{kernel} at 14x14"
-        columns = ("channels", "M", "float us", "ONNX Runtime us", "XNOR us", "over float", "over ONNX Runtime")
-        _table(title, columns, measured, right=tuple(range(7)))
+        heads = ("channels", "M", "float us", "ONNX Runtime us", "XNOR us", "over float", "over ONNX Runtime")
+        _table(title, heads, measured, right=tuple(range(7)))
 
 
 # Output ----------------------------------------------------------------------------------------------------------

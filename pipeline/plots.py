@@ -82,7 +82,7 @@ def similarity(file: Path, layers: Sequence[LayerScales], chosen: Mapping[str, i
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
     figure = Figure(figsize=(max(6.4, 2.6 * columns), 1.9 * rows + 3.4), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1.9 * rows, 3.4))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.9 * rows, 3.4))[:, 0]
     grid = above.subplots(rows, columns, squeeze=False).flat
     for axes, layer in zip(grid, layers, strict=False):
         axes.hist(layer.scales, bins=min(30, max(5, len(layer.scales) // 4)), color=BLUE)

@@ -71,7 +71,7 @@ def test_the_float_twin(file: Path) -> None:
         ("[8, 16]", "[8, 'x']", "model.widths.1 = 'x': should be a valid integer"),
         ('name = "digits"', 'name = "mnist"', "data.name = 'mnist': should be 'digits', 'cifar10' or 'folder'"),
         ("[data]", "[dataset]", "data is missing"),
-        ("[quantize]", "[quantise]", "quantise does not exist: choose from model, quantize, train, data"),
+        ("[quantize]", "[quantise]", "quantise does not exist: choose from model, quantize, groups, train, data"),
         ("[model]", "[model", "not TOML"),
     ],
 )
