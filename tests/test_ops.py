@@ -17,9 +17,9 @@ from tvm.s_tir import Schedule
 import targets
 from pipeline.compiler import default_schedule
 from tvm_ops import schedule_cpu
-from tvm_ops.bitplanes import pack, unpack
-from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d
-from tvm_ops.ops.bitserial_conv2d import Geometry
+from tvm_ops.bitplanes import BINARY, TERNARY, Code, encode, odd, pack, unpack, unsigned
+from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, quantize
+from tvm_ops.ops.bitserial_conv2d import Geometry, Product
 from tvm_ops.output_transform import Step, Threshold, apply
 
 SCHEDULED = pytest.mark.parametrize("scheduled", [True, False], ids=["scheduled", "plain"])
@@ -46,6 +46,17 @@ CONVOLUTIONS = pytest.mark.parametrize(
 
 def signs(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.choice(np.array([-1, 1], np.int8), shape)
+
+
+def drawn(rng: np.random.Generator, code: Code, *shape: int) -> np.ndarray:
+    return rng.choice(np.array(code.values, np.int64), shape)
+
+
+def words(values: np.ndarray, code: Code = BINARY) -> np.ndarray:
+    """Activations [N, H, W, C] as kernels take them; ternary ones as sign and mask."""
+    planes = encode(values, code)
+    planes = np.stack([planes[0], planes[0] | planes[1]]) if code == TERNARY else planes
+    return pack(np.moveaxis(planes, 0, -2))
 
 
 def lower(compute: Callable[..., Any], arrays: list[np.ndarray]) -> tuple[tvm.IRModule, np.ndarray]:
@@ -91,7 +102,7 @@ def windows(geometry: Geometry) -> list[tuple[int, int, list[tuple[int, int, int
 
 
 def convolution(x: np.ndarray, weight: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Integer sums [N, OH, OW, O] of +-1 [N, H, W, C] and [O, C, KH, KW], zeros around."""
+    """Integer sums [N, OH, OW, O] of [N, H, W, C] and [O, C, KH, KW], zeros around."""
     positions = windows(geometry)
     sums = np.zeros((len(x), positions[-1][0] + 1, positions[-1][1] + 1, len(weight)), np.int64)
     for row, column, taps in positions:
@@ -111,38 +122,72 @@ def transform(rng: np.random.Generator, filters: int, spread: float) -> list[Ste
 # Bit-serial convolution ------------------------------------------------------------------------------------------
 
 
-@CONVOLUTIONS
-def test_convolution_to_floats(case: str, scheduled: bool, rng: np.random.Generator) -> None:
-    batch, channels, filters, geometry = CASES[case]
-    x, weight = signs(rng, batch, *geometry.image, channels), signs(rng, filters, channels, *geometry.kernel)
-    steps = transform(rng, filters, channels**0.5) if rng.integers(2) else []
-    edge = bitserial_conv2d.border(weight, geometry)
-    sums = convolution(x, weight, geometry)
-    assert geometry.output == sums.shape[1:3]
-    result = run(
-        lambda *t: bitserial_conv2d.compute_float(geometry, edge, steps, *t),
-        [pack(x), bitserial_conv2d.pack_weight(weight), *bitserial_conv2d.float_constants(edge, steps)],
-        scheduled,
-        threads=1 + int(rng.integers(2)),
-    )
-    assert result.dtype == np.float32
-    np.testing.assert_array_equal(result, apply(steps, sums.astype(np.float32)))
+CODES = {
+    "1a": BINARY,
+    "ternary a": TERNARY,
+    "2a": unsigned(2),
+    "8a": unsigned(8),
+    "signed 8a": odd(8),
+    "1w": BINARY,
+    "ternary w": TERNARY,
+    "2w": odd(2),
+    "8w": odd(8),
+}
+ACTIVATIONS, WEIGHTS = [c for c in CODES if c.endswith("a")], [c for c in CODES if c.endswith("w")]
+
+
+def check_convolution(
+    x: np.ndarray, weight: np.ndarray, product: Product, steps: list[Step], to: str, **options: Any
+) -> None:
+    """A kernel of codes [N, H, W, C] and [O, C, KH, KW] against loops."""
+    expected = apply(steps, convolution(x, weight, product.geometry).astype(np.float32))
+    packed = words(x, product.x)
+    rest = []
+    if product.nonzeros:
+        counted = run(lambda t: bitserial_conv2d.nonzeros(t, product), [packed], **options)
+        ones = np.ones_like(weight[:1])
+        expected_count = product.nonzeros * convolution(np.abs(x), ones, product.geometry)[..., 0]
+        np.testing.assert_array_equal(counted, expected_count)
+        rest = [counted]
+    if to == "floats":
+        edge = bitserial_conv2d.border(weight, product)
+        weights = bitserial_conv2d.pack_weight(weight, product.w)
+        arrays = [packed, weights, *rest, *bitserial_conv2d.float_constants(edge, steps)]
+        result = run(lambda *t: bitserial_conv2d.compute_float(product, edge, steps, *t), arrays, **options)
+        np.testing.assert_array_equal(result, expected)
+    else:
+        weights, edge, most = bitserial_conv2d.bit_weight(weight, product, steps)
+        arrays = [packed, weights, *rest, most]
+        result = run(lambda *t: bitserial_conv2d.compute_bits(product, edge, *t), arrays, **options)
+        np.testing.assert_array_equal(result[..., 0, :], pack(expected >= 0))
 
 
 @CONVOLUTIONS
-def test_convolution_to_bits(case: str, scheduled: bool, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("to", ["floats", "bits"])
+def test_convolution(case: str, scheduled: bool, to: str, rng: np.random.Generator) -> None:
     batch, channels, filters, geometry = CASES[case]
     x, weight = signs(rng, batch, *geometry.image, channels), signs(rng, filters, channels, *geometry.kernel)
     steps = transform(rng, filters, (channels * weight[0, 0].size) ** 0.5)
-    words, edge, most = bitserial_conv2d.bit_weight(weight, geometry, steps)
-    result = run(
-        lambda *t: bitserial_conv2d.compute_bits(geometry, edge, *t),
-        [pack(x), words, most],
-        scheduled,
-        threads=1 + int(rng.integers(2)),
-    )
-    expected = apply(steps, convolution(x, weight, geometry).astype(np.float32)) >= 0
-    np.testing.assert_array_equal(result, pack(expected))
+    threads = 1 + int(rng.integers(2))
+    check_convolution(x, weight, Product(geometry), steps, to, scheduled=scheduled, threads=threads)
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+@pytest.mark.parametrize("a", ACTIVATIONS)
+def test_convolution_of_every_pair_of_codes(a: str, w: str, rng: np.random.Generator) -> None:
+    """Padded, on channels that fill no word; through a transform to floats, and to bits."""
+    batch, channels, filters, geometry = CASES[str(rng.choice(["3x3 batch", "3x3 wide pads", "1x3", "dense"]))]
+    x = drawn(rng, CODES[a], batch, *geometry.image, channels)
+    weight = drawn(rng, CODES[w], filters, channels, *geometry.kernel)
+    product = Product(geometry, CODES[a], CODES[w])
+    steps = transform(rng, filters, 20.0 * CODES[a].largest * CODES[w].largest)
+    print(geometry, channels, filters)
+    check_convolution(x, weight, product, steps, str(rng.choice(["floats", "bits"])), scheduled=True)
+
+
+def test_unsigned_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="is no code of weights"):
+        Product(Geometry((1, 1), (1, 1)), BINARY, unsigned(2))
 
 
 @SCHEDULED
@@ -156,19 +201,10 @@ def test_sums_beyond_16_bits(scheduled: bool, rng: np.random.Generator) -> None:
     weight[2, 0, 0, 0] *= -1
     sums = convolution(x, weight, geometry)
     assert sums[0, 1, 0, :3].tolist() == [76800, -76800, 76798]
-    edge = bitserial_conv2d.border(weight, geometry)
-    constants = bitserial_conv2d.float_constants(edge, [])
-    floats = run(
-        lambda *t: bitserial_conv2d.compute_float(geometry, edge, [], *t),
-        [pack(x), bitserial_conv2d.pack_weight(weight), *constants],
-        scheduled,
-    )
-    np.testing.assert_array_equal(floats, sums)
     steps = [Step("add", np.resize(np.array([-76800, 76799, -76799], np.float32), 33))]
-    words, edge, most = bitserial_conv2d.bit_weight(weight, geometry, steps)
-    bits = run(lambda *t: bitserial_conv2d.compute_bits(geometry, edge, *t), [pack(x), words, most], scheduled)
-    assert unpack(bits, 33)[0, 1, 0, :3].tolist() == [True, False, False]
-    np.testing.assert_array_equal(bits, pack(apply(steps, sums.astype(np.float32)) >= 0))
+    assert (apply(steps, sums.astype(np.float32)) >= 0)[0, 1, 0, :3].tolist() == [True, False, False]
+    for to in ("floats", "bits"):
+        check_convolution(x, weight, Product(geometry), steps, to, scheduled=scheduled)
 
 
 pairs = st.tuples(st.integers(1, 6), st.integers(1, 6))
@@ -190,7 +226,7 @@ def test_border_constants(
         return
     rng = np.random.default_rng(seed)
     x, weight = signs(rng, 1, *image, 3), signs(rng, 2, 3, *kernel)
-    edge = bitserial_conv2d.border(weight, geometry)
+    edge = bitserial_conv2d.border(weight, Product(geometry))
     counts = np.zeros((*geometry.output, 2), np.int64)
     for row, column, taps in windows(geometry):
         inside = {(ky, kx): x[0, y, at] > 0 for ky, kx, y, at in taps}
@@ -209,21 +245,21 @@ def test_border_constants(
 
 def test_the_border_of_a_padded_3x3_has_3x3_entries(rng: np.random.Generator) -> None:
     geometry = Geometry((32, 32), (3, 3), (1, 1), (1, 1, 1, 1))
-    assert bitserial_conv2d.border(signs(rng, 4, 8, 3, 3), geometry).values.shape == (3, 3, 4)
-    assert bitserial_conv2d.border(signs(rng, 4, 8, 3, 3), Geometry((32, 32), (3, 3))).values.shape == (1, 1, 4)
+    assert bitserial_conv2d.border(signs(rng, 4, 8, 3, 3), Product(geometry)).values.shape == (3, 3, 4)
+    assert bitserial_conv2d.border(signs(rng, 4, 8, 3, 3), Product(Geometry((32, 32), (3, 3)))).values.shape == (1, 1, 4)
 
 
 def test_filters_that_fill_a_word_never_give_a_bit(rng: np.random.Generator) -> None:
     always = [Step("add", np.full(5, 1e6, np.float32))]
-    words, _, most = bitserial_conv2d.bit_weight(signs(rng, 5, 7, 3, 3), Geometry((4, 4), (3, 3)), always)
-    assert words.shape == (3, 3, 1, 32)
-    assert not words[..., 5:].any()
-    assert (most[..., 5:] == -1).all()
+    packed, _, most = bitserial_conv2d.bit_weight(signs(rng, 5, 7, 3, 3), Product(Geometry((4, 4), (3, 3))), always)
+    assert packed.shape == (3, 3, 1, 1, 32)
+    assert not packed[..., 5:].any()
+    assert (most[..., 5:] < -(1 << 24)).all()
 
 
 def test_a_layer_too_large_for_float32_is_refused() -> None:
     with pytest.raises(ValueError, match="split the layer"):
-        bitserial_conv2d.bit_weight(np.ones((1, 1 << 24, 1, 1), np.int8), Geometry((1, 1), (1, 1)), [])
+        bitserial_conv2d.bit_weight(np.ones((1, 1 << 24, 1, 1), np.int8), Product(Geometry((1, 1), (1, 1))), [])
 
 
 # Packing floats --------------------------------------------------------------------------------------------------
@@ -243,7 +279,45 @@ def test_bitpack(shape: tuple[int, ...], bounds: str, scheduled: bool, rng: np.r
     given_bounds = [low] if bounds == "low" else [low, high]
     expected = (x >= low) & (x <= high) if bounds == "low and high" else x >= low
     result = run(bitpack.compute, [x, *given_bounds], scheduled)
-    np.testing.assert_array_equal(result, pack(expected))
+    np.testing.assert_array_equal(result[..., 0, :], pack(expected))
+
+
+@SCHEDULED
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (1, 32), (2, 3, 5, 33), (1, 2, 2, 64), (1, 4, 3, 100)])
+def test_planes_of_patterns(shape: tuple[int, ...], scheduled: bool, rng: np.random.Generator) -> None:
+    x, planes = rng.integers(0, 256, shape).astype(np.uint8), int(rng.integers(1, 9))
+    result = run(lambda t: bitpack.compute_planes(t, planes), [x], scheduled)
+    expected = np.stack([pack(x >> p & 1) for p in range(planes)], -2)
+    np.testing.assert_array_equal(result, expected)
+
+
+def quantised(rng: np.random.Generator, formula: Callable[[Any], Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Floats around every step of a code, and their patterns."""
+    special = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 2.5, 0.5, -0.5]
+    steps = np.concatenate([np.arange(-8, 9) / 6, np.arange(-3, 4) / 3, np.arange(513) / 510])
+    x = np.concatenate([special, steps, rng.normal(0, 1, 400)]).astype(np.float32)
+    return x, run(lambda t: te.compute(t.shape, lambda i: formula(t[i])), [x], scheduled=True)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_quantize_unit(bits: int, rng: np.random.Generator) -> None:
+    x, found = quantised(rng, lambda v: quantize.unit(v, bits))
+    expected = np.round(np.nan_to_num(x, nan=-1.0).clip(0, 1) * np.float32(2**bits - 1))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_quantize_symmetric(bits: int, rng: np.random.Generator) -> None:
+    x, found = quantised(rng, lambda v: quantize.symmetric(v, bits))
+    one = np.float32(1)
+    expected = np.round((np.nan_to_num(x, nan=-1.0).clip(-1, 1) + one) * np.float32((2**bits - 1) / 2))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_ternary_patterns(threshold: float, rng: np.random.Generator) -> None:
+    x, found = quantised(rng, lambda v: quantize.ternary(v, threshold))
+    np.testing.assert_array_equal(found, np.where(x >= threshold, 3, np.where(x <= -threshold, 2, 0)))
 
 
 @pytest.mark.parametrize("descending", [True, False])
@@ -277,13 +351,13 @@ def test_binary_max_pool(channels: int, geometry: Geometry, scheduled: bool, rng
     x = np.where(rng.random((2, *geometry.image, channels)) < 0.3, 1, -1)
     x[..., ::3] *= -1
     descends = rng.random(channels) < 0.5
-    result = run(lambda *t: binary_max_pool2d.compute(geometry, *t), [pack(x), pack(descends)], scheduled)
+    result = run(lambda *t: binary_max_pool2d.compute(geometry, *t), [words(x), pack(descends)], scheduled)
     expected = np.zeros((2, *geometry.output, channels), np.int64)
     for row, column, taps in windows(geometry):
         window = np.stack([x[:, y, at] for _, _, y, at in taps])
         expected[:, row, column] = np.where(descends, window.min(0), window.max(0))
     assert {-1, 1} == set(expected.ravel().tolist()) or channels == 1
-    np.testing.assert_array_equal(result, pack(expected))
+    np.testing.assert_array_equal(result, words(expected))
 
 
 # Search space and targets ------------------------------------------------------------------------------------------
@@ -294,33 +368,45 @@ def kernels(rng: np.random.Generator) -> dict[str, tuple[Callable[..., Any], lis
     geometry = Geometry((6, 8), (3, 3), (1, 1), (1, 1, 1, 1))
     x, weight = signs(rng, 1, 6, 8, 64), signs(rng, 64, 64, 3, 3)
     steps = [Step(op, rng.normal(0, 1, 64).astype(np.float32)) for op in ("mul", "add", "mul", "add")]  # type: ignore[arg-type]
-    edge = bitserial_conv2d.border(weight, geometry)
-    words, bit_edge, most = bitserial_conv2d.bit_weight(weight, geometry, steps)
+    product = Product(geometry)
+    edge = bitserial_conv2d.border(weight, product)
+    packed, bit_edge, most = bitserial_conv2d.bit_weight(weight, product, steps)
     through = apply(steps, convolution(x, weight, geometry).astype(np.float32))
     floats, low = rng.normal(size=(1, 6, 8, 64)).astype(np.float32), rng.normal(size=64).astype(np.float32)
     pool = Geometry((6, 8), (2, 2), (2, 2))
     pooled = x.reshape(1, 3, 2, 4, 2, 64).max((2, 4))
+    few, masked = Product(geometry, unsigned(2), TERNARY), drawn(rng, TERNARY, 64, 64, 3, 3)
+    codes, few_edge = drawn(rng, unsigned(2), 1, 6, 8, 64), bitserial_conv2d.border(masked, few)
     return {
         "bitserial_conv2d": (
-            lambda *t: bitserial_conv2d.compute_float(geometry, edge, steps, *t),
-            [pack(x), bitserial_conv2d.pack_weight(weight), *bitserial_conv2d.float_constants(edge, steps)],
+            lambda *t: bitserial_conv2d.compute_float(product, edge, steps, *t),
+            [words(x), bitserial_conv2d.pack_weight(weight), *bitserial_conv2d.float_constants(edge, steps)],
             through,
         ),
         "bitserial_conv2d_bits": (
-            lambda *t: bitserial_conv2d.compute_bits(geometry, bit_edge, *t),
-            [pack(x), words, most],
-            pack(through >= 0),
+            lambda *t: bitserial_conv2d.compute_bits(product, bit_edge, *t),
+            [words(x), packed, most],
+            words(np.where(through >= 0, 1, -1)),
         ),
-        "bitpack": (bitpack.compute, [floats, low], pack(floats >= low)),
+        "bitserial_conv2d_planes": (
+            lambda *t: bitserial_conv2d.compute_float(few, few_edge, [], *t),
+            [
+                words(codes, few.x),
+                bitserial_conv2d.pack_weight(masked, few.w),
+                *bitserial_conv2d.float_constants(few_edge, []),
+            ],
+            convolution(codes, masked, geometry).astype(np.float32),
+        ),
+        "bitpack": (bitpack.compute, [floats, low], words(np.where(floats >= low, 1, -1))),
         "binary_max_pool2d": (
             lambda *t: binary_max_pool2d.compute(pool, *t),
-            [pack(x), np.zeros(2, np.uint32)],
-            pack(pooled),
+            [words(x), np.zeros(2, np.uint32)],
+            words(pooled),
         ),
     }
 
 
-KERNELS = ("binary_max_pool2d", "bitpack", "bitserial_conv2d", "bitserial_conv2d_bits")
+KERNELS = ("binary_max_pool2d", "bitpack", "bitserial_conv2d", "bitserial_conv2d_bits", "bitserial_conv2d_planes")
 
 
 @pytest.mark.parametrize("draw", range(3))

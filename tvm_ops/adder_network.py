@@ -13,41 +13,52 @@ and one vector of filters, and the network is how.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from targets import ByteCounter
+from tvm_ops.ops.bitserial_conv2d import Planes
 
 MOST_WORDS = 255 // 8
+_MOST_NETWORKS = 16  # beyond that many pairs of planes the code no longer fits the instruction cache
 
 
 @dataclass(frozen=True)
 class Window:
-    """The words of one pixel that are summed at once: taps of the kernel x words of channels, and the dilation."""
+    """The words of one pixel that are summed at once: taps of the kernel x words of channels, the dilation, planes."""
 
     height: int
     width: int
     words: int
     dilations: tuple[int, int]
+    planes: Planes = Planes()
 
     @property
     def name(self) -> str:
-        return f"popcounts_{self.height}x{self.width}x{self.words}_{self.dilations[0]}_{self.dilations[1]}"
+        planes, (dy, dx) = self.planes, self.dilations
+        meeting = f"{planes.x}_{planes.w}_{planes.x_masked:d}_{planes.w_masked:d}"
+        return f"popcounts_{self.height}x{self.width}x{self.words}_{dy}_{dx}_{meeting}"
 
 
-def window(kernel: tuple[int, int], words: int, dilations: tuple[int, int]) -> Window | None:
-    """The largest window of whole kernel rows that bytes can count; None for a row of more than 31 taps."""
+def window(
+    kernel: tuple[int, int], words: int, dilations: tuple[int, int], planes: Planes = Planes()
+) -> Window | None:
+    """The largest window of whole kernel rows that bytes can count; None for a row of more than 31 taps, or for more
+    planes than are worth it."""
     height, width = kernel if kernel[0] * kernel[1] <= MOST_WORDS else (1, kernel[1])
-    if width > MOST_WORDS:
+    if width > MOST_WORDS or planes.x * planes.w > _MOST_NETWORKS:
         return None
     deep = max(d for d in range(1, words + 1) if words % d == 0 and (d == 1 or d * height * width <= MOST_WORDS))
-    return Window(height, width, deep, dilations)
+    return Window(height, width, deep, dilations, planes)
 
 
 def register_those_in(text: str, counter: ByteCounter) -> None:
     """Register the intrinsics of ``counter`` that tuning records name, before TVM reads the records."""
-    for kh, kw, words, dy, dx in set(re.findall(rf"popcounts_(\d+)x(\d+)x(\d+)_(\d+)_(\d+)_{counter.name}\b", text)):
-        intrinsic(counter, Window(int(kh), int(kw), int(words), (int(dy), int(dx))))
+    number = r"_(\d+)"
+    for numbers in set(re.findall(rf"popcounts_(\d+)x(\d+)x(\d+){number * 6}_{counter.name}\b", text)):
+        kh, kw, words, dy, dx, x, w, x_masked, w_masked = map(int, numbers)
+        intrinsic(counter, Window(kh, kw, words, (dy, dx), Planes(x, w, bool(x_masked), bool(w_masked))))
 
 
 def intrinsic(counter: ByteCounter, window: Window) -> str:
@@ -61,15 +72,16 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
     kh, kw, words, lanes = window.height, window.width, window.words, counter.lanes
     dy, dx = window.dilations
     height, width = (kh - 1) * dy + 1, (kw - 1) * dx + 1
+    px, pw = window.planes.stored
     vector = f"int32x{lanes}"
 
     @T.prim_func(s_tir=True)
     def describe(x: T.handle, w: T.handle, sums: T.handle) -> None:
-        pixel = T.match_buffer(x, (height, width, words), "uint32", offset_factor=1)
-        filters = T.match_buffer(w, (kh, kw, words, lanes), "uint32", offset_factor=1)
+        pixel = T.match_buffer(x, (height, width, px, words), "uint32", offset_factor=1)
+        filters = T.match_buffer(w, (kh, kw, pw, words, lanes), "uint32", offset_factor=1)
         out = T.match_buffer(sums, (lanes,), "int32", offset_factor=1)
         with T.sblock("root"):
-            T.reads(out[0:lanes], pixel[0:height, 0:width, 0:words], filters[0:kh, 0:kw, 0:words, 0:lanes])
+            T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:words], filters[0:kh, 0:kw, 0:pw, 0:words, 0:lanes])
             T.writes(out[0:lanes])
             for i, j, k, o in T.grid(kh, kw, words, lanes):
                 with T.sblock("update"):
@@ -77,16 +89,20 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
 
     @T.prim_func(s_tir=True)
     def implement(x: T.handle, w: T.handle, sums: T.handle) -> None:
-        sxy = T.int32()
-        sx = T.int32()
-        swy = T.int32()
-        swx = T.int32()
-        swk = T.int32()
-        pixel = T.match_buffer(x, (height, width, words), "uint32", offset_factor=1, strides=[sxy, sx, 1])
-        filters = T.match_buffer(w, (kh, kw, words, lanes), "uint32", offset_factor=1, strides=[swy, swx, swk, 1])
+        xy = T.int32()
+        xx = T.int32()
+        xp = T.int32()
+        wy = T.int32()
+        wx = T.int32()
+        wp = T.int32()
+        wk = T.int32()
+        pixel = T.match_buffer(x, (height, width, px, words), "uint32", offset_factor=1, strides=[xy, xx, xp, 1])
+        filters = T.match_buffer(
+            w, (kh, kw, pw, words, lanes), "uint32", offset_factor=1, strides=[wy, wx, wp, wk, 1]
+        )
         out = T.match_buffer(sums, (lanes,), "int32", offset_factor=1)
         with T.sblock("root"):
-            T.reads(out[0:lanes], pixel[0:height, 0:width, 0:words], filters[0:kh, 0:kw, 0:words, 0:lanes])
+            T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:words], filters[0:kh, 0:kw, 0:pw, 0:words, 0:lanes])
             T.writes(out[0:lanes])
             out.vstore([0], out.vload([0], vector) + _count(counter, window, pixel, filters))
 
@@ -96,26 +112,50 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
 
 def _update(window: Window, lanes: int, x: Any, w: Any, sums: Any, loops: tuple[Any, Any, Any, Any]) -> None:
     """The plain operator's inner statement. TVM drops a reduction axis of extent 1, so it must not be there either."""
-    from tvm import tirx
     from tvm.script.ir_builder.tirx import axis, buffer_store
 
     *reduced, lane = loops
     o = axis.spatial(lanes, lane)
     extents = (window.height, window.width, window.words)
     i, j, k = (axis.reduce(extent, loop) if extent > 1 else 0 for extent, loop in zip(extents, reduced, strict=True))
-    word = x[i * window.dilations[0], j * window.dilations[1], k] ^ w[i, j, k, o]
-    buffer_store(sums, sums[o] + tirx.Cast("int32", tirx.popcount(word)), [o])
+    dy, dx = window.dilations
+    ones = window.planes.count(lambda plane: x[i * dy, j * dx, plane, k], lambda plane: w[i, j, plane, k, o])
+    buffer_store(sums, sums[o] + ones, [o])
 
 
 def _count(counter: ByteCounter, window: Window, x: Any, w: Any) -> Any:
-    """The popcounts of a window's words as an expression of ``lanes`` int32."""
+    """What the planes' terms count in a window, as an expression of ``lanes`` int32."""
     from tvm import tirx
     from tvm.script.ir_builder.tirx import bind
 
     word = f"uint32x{counter.lanes}"
+    dy, dx = window.dilations
+    taps = [
+        window.planes.terms(
+            lambda plane, i=i, j=j, k=k: tirx.Broadcast(x[i * dy, j * dx, plane, k], counter.lanes),  # type: ignore[misc]
+            lambda plane, i=i, j=j, k=k: w.vload([i, j, plane, k, 0], word),  # type: ignore[misc]
+        )
+        for k in range(window.words)
+        for i in range(window.height)
+        for j in range(window.width)
+    ]
+    total = None
+    for terms in zip(*taps, strict=True):
+        (factor, _), *_ = terms
+        ones = bind(_ones(counter, [bind(found) for _, found in terms]))
+        ones = ones if factor == 1 else ones * tirx.Broadcast(tirx.const(factor, "int32"), counter.lanes)
+        total = ones if total is None else total + ones
+    return total
+
+
+def _ones(counter: ByteCounter, level: list[Any]) -> Any:
+    """The ones of many words, lane by lane."""
+    from tvm import tirx
+    from tvm.script.ir_builder.tirx import bind
 
     def logic(a: Any, b: Any, c: Any, table: int) -> Any:
-        return tirx.call_llvm_pure_intrin(word, counter.ternary_logic, a, b, c, tirx.const(table, "int32"))
+        table = tirx.const(table, "int32")
+        return tirx.call_llvm_pure_intrin(f"uint32x{counter.lanes}", counter.ternary_logic, a, b, c, table)
 
     def full_adder(a: Any, b: Any, c: Any) -> tuple[Any, Any]:
         if counter.ternary_logic:
@@ -123,13 +163,6 @@ def _count(counter: ByteCounter, window: Window, x: Any, w: Any) -> Any:
         either = bind(a ^ b)
         return bind(either ^ c), bind((a & b) | (c & either))
 
-    dy, dx = window.dilations
-    level = [
-        bind(tirx.Broadcast(x[i * dy, j * dx, k], counter.lanes) ^ w.vload([i, j, k, 0], word))
-        for k in range(window.words)
-        for i in range(window.height)
-        for j in range(window.width)
-    ]
     levels = []
     while level:
         carries: list[Any] = []

@@ -170,8 +170,10 @@ def _window(sch: Any, main: Any, target: Target, lanes: int) -> adder_network.Wi
     if counter is None or block.name_hint != bitserial_conv2d.BLOCK or lanes % counter.lanes:
         return None
     kh, kw, words = (int(v.dom.extent) for v in block.iter_vars if v.iter_type == _REDUCTION)
-    dilations = tuple(int(d) for d in block.annotations["dilations"])
-    return adder_network.window((kh, kw), words, (dilations[0], dilations[1]))
+    dy, dx = (int(d) for d in block.annotations["dilations"])
+    x, w, x_masked, w_masked = (int(p) for p in block.annotations["planes"])
+    planes = bitserial_conv2d.Planes(x, w, bool(x_masked), bool(w_masked))
+    return adder_network.window((kh, kw), words, (dy, dx), planes)
 
 
 def _count_bytes(

@@ -1,4 +1,4 @@
-"""Floats to bits: one comparison a channel, 32 channels a word."""
+"""Floats or codes to bits, 32 channels a word."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def constants(threshold: Threshold) -> list[np.ndarray]:
 def compute(x: Any, low: Any, high: Any = None) -> Any:
     """bit = low <= x (<= high), least significant bit first; a NaN on either side gives 0.
 
-    x: float32 [..., C]. low, high: float32 [C]. -> uint32 [..., ceil(C / 32)], the tail of the last word zero.
+    x: float32 [..., C]. low, high: float32 [C]. -> uint32 [..., 1, ceil(C / 32)], the tail of the last word zero.
     """
     from tvm import te, tirx
 
@@ -36,13 +36,30 @@ def compute(x: Any, low: Any, high: Any = None) -> Any:
     def word(*index: Any) -> Any:
         def bits(first: int, count: int) -> Any:
             lanes = ramp(index[-1] * WORD_BITS + first, count)
-            value = x[(*index[:-1], lanes)]
+            value = x[(*index[:-2], lanes)]
             above = value >= low[lanes]
             return above if high is None else tirx.And(above, value <= high[lanes])
 
         return pack(bits, index[-1], channels)
 
-    return te.compute((*outer, -(-channels // WORD_BITS)), word, name=BLOCK)
+    return te.compute((*outer, 1, -(-channels // WORD_BITS)), word, name=BLOCK)
+
+
+def compute_planes(x: Any, planes: int) -> Any:
+    """Bit p of every channel in plane p: uint8 [..., C] -> uint32 [..., planes, ceil(C / 32)]."""
+    from tvm import te, tirx
+
+    *outer, channels = (int(extent) for extent in x.shape)
+
+    def word(*index: Any) -> Any:
+        def bits(first: int, count: int) -> Any:
+            chosen = tirx.shift_left(tirx.const(1, "uint8"), tirx.Cast("uint8", index[-2]))
+            value = x[(*index[:-2], ramp(index[-1] * WORD_BITS + first, count))]
+            return (as_vector(value, "uint8", count) & chosen) != tirx.const(0, "uint8")
+
+        return pack(bits, index[-1], channels)
+
+    return te.compute((*outer, planes, -(-channels // WORD_BITS)), word, name=BLOCK)
 
 
 def ramp(first: Any, count: int) -> Any:
@@ -50,6 +67,14 @@ def ramp(first: Any, count: int) -> Any:
     from tvm import tirx
 
     return tirx.Ramp(first, tirx.const(1, "int32"), count) if count > 1 else first
+
+
+def as_vector(value: Any, dtype: str, count: int) -> Any:
+    """What is loaded at a `ramp`, typed as the vector that it is: TE takes it for a scalar, and arithmetic with real
+    scalars would go wrong."""
+    from tvm import tirx
+
+    return tirx.call_intrin(f"{dtype}x{count}", "tirx.reinterpret", value) if count > 1 else value
 
 
 def pack(bits: Any, word: Any, channels: int) -> Any:

@@ -1,19 +1,26 @@
-"""Convolution of +-1 codes by xor and popcount, zeros around the image, channels innermost.
+"""Convolution of integer codes by xor and popcount, zeros around the image, channels innermost.
 
-    dot = sum over the taps inside the image of (C - 2 popcount(x ^ w))
-        = border - 2 popcounts,    border = C * taps inside + 2 * sum over the taps outside of popcount(w)
+Weights are planes of signs, w = sum_j 2^j t_j with t_j = +-1 (`bitplanes.odd`), or ternary, one such plane behind a
+mask. Activations are planes of bits, x = sum_i r_i c_i + shift (`bitplanes.odd`, `unsigned`), or ternary too. For a
+bit c and a sign t with bit b, c t = b - (c ^ b), so over a window
 
-A padded word is 0, so a tap outside counts popcount(w), which ``border`` gives back. All interior rows have the same
-taps, and all interior columns: ``border`` has one entry for them and one for every row and column beside (3 x 3
-entries for a 3x3 kernel with padding 1). A dense layer is the 1x1 convolution of a 1x1 image.
+    linear x     dot = border - r_0 S     border = sum_i r_i * (ones of all t_j, 2^j each) + shift * sum of w inside
+    ternary x    dot = (2^l - 1) D - 2 S  D = how many activations are not 0; one popcount for both planes
+    both ternary dot = -S                 S counts 2 where signs differ, less 1 where both are not 0
 
-Weights are [KH, KW, words, O], output channel innermost: a lane is a filter, an activation word is broadcast, and
-nothing is summed across lanes.
+where S sums 2^(i+j) popcount((c_i ^ t_j) & masks). A padded word is 0: for a code without shift that is the value 0;
+otherwise ``border`` gives back what it wrongly counts. All interior rows have the same taps, and all interior columns:
+``border`` has one entry for them and one for every row and column beside (3 x 3 entries for a 3x3 kernel with padding
+1). A dense layer is the 1x1 convolution of a 1x1 image.
+
+Activations are [N, H, W, P, words] and weights [KH, KW, P, words, O], output channel innermost: a lane is a filter, an
+activation word is broadcast, and nothing is summed across lanes. Ternary planes are the sign (1: +1) and the mask (1:
+not 0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,12 +29,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tvm_ops import output_transform
-from tvm_ops.bitplanes import WORD_BITS, pack
+from tvm_ops.bitplanes import BINARY, TERNARY, WORD_BITS, Code, encode, pack
 from tvm_ops.ops import bitpack
 from tvm_ops.output_transform import Step
 
 BLOCK = "popcounts"
 """The TIR block of the sum, by which schedules know it."""
+
+_NEVER = -(1 << 30)  # less than any sum that float32 holds
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,86 @@ def interior(inside: NDArray[np.bool_]) -> Interior:
     return Interior(first, after - 1)
 
 
+@dataclass(frozen=True)
+class Planes:
+    """The planes of signs or bits that meet, without the masks that follow them in memory.
+
+    x, w: how many of activations and of weights. x_masked, w_masked: whether a mask follows.
+    """
+
+    x: int = 1
+    w: int = 1
+    x_masked: bool = False
+    w_masked: bool = False
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Planes in memory."""
+        return self.x + self.x_masked, self.w + self.w_masked
+
+    def terms(self, x: Callable[[int], Any], w: Callable[[int], Any]) -> list[tuple[int, Any]]:
+        """What S sums for a word: [(factor, word whose ones count)]; x(i) and w(j) are the words of a plane."""
+        masks = ([x(self.x)] if self.x_masked else []) + ([w(self.w)] if self.w_masked else [])
+        both = self.x_masked and self.w_masked
+        found = []
+        for i in range(self.x):
+            for j in range(self.w):
+                word = x(i) ^ w(j)
+                for mask in masks:
+                    word = word & mask
+                found.append((1 << (i + j + both), word))
+        return [*found, (-1, masks[0] & masks[1])] if both else found
+
+    def count(self, x: Callable[[int], Any], w: Callable[[int], Any]) -> Any:
+        """The same as a TIR expression."""
+        from tvm import tirx
+
+        total = None
+        for factor, word in self.terms(x, w):
+            ones = tirx.Cast("int32", tirx.popcount(word))
+            ones = ones if factor == 1 else ones * factor
+            total = ones if total is None else total + ones
+        return total
+
+
+@dataclass(frozen=True)
+class Product:
+    """A convolution of codes ``x`` with weights of codes ``w``.
+
+    Raises:
+        ValueError: weights that are neither planes of signs nor ternary.
+    """
+
+    geometry: Geometry
+    x: Code = BINARY
+    w: Code = BINARY
+
+    def __post_init__(self) -> None:
+        if self.w != TERNARY and self.w.shift != 1 - (1 << self.w.bits):
+            raise ValueError(f"{self.w} is no code of weights: use bitplanes.odd or TERNARY")
+
+    @property
+    def planes(self) -> Planes:
+        x_masked, w_masked = self.x == TERNARY, self.w == TERNARY
+        return Planes(1 if x_masked else self.x.bits, 1 if w_masked else self.w.bits, x_masked, w_masked)
+
+    @property
+    def factor(self) -> int:
+        """What S is multiplied by."""
+        if self.x != TERNARY:
+            return self.x.ratios[0]
+        return 1 if self.w == TERNARY else 2
+
+    @property
+    def nonzeros(self) -> int:
+        """What D is multiplied by; 0: it is not needed."""
+        return (1 << self.w.bits) - 1 if self.x == TERNARY != self.w else 0
+
+    def limit(self, weights: int) -> int:
+        """The largest sum of ``weights`` products."""
+        return weights * self.x.largest * self.w.largest
+
+
 @dataclass(frozen=True, eq=False)
 class Border:
     """The constant of the sum: values int64 [entries of rows, of columns, O]."""
@@ -93,46 +182,83 @@ class Border:
         return table[self.rows.entry(h) if row > 1 else 0, self.columns.entry(w) if column > 1 else 0, o]
 
 
-def pack_weight(signs: NDArray[Any]) -> NDArray[np.uint32]:
-    """Signs [O, C, KH, KW] -> words uint32 [KH, KW, ceil(C / 32), O]."""
-    return np.ascontiguousarray(pack(signs.transpose(2, 3, 0, 1)).transpose(0, 1, 3, 2))
+def pack_weight(values: NDArray[Any], code: Code = BINARY) -> NDArray[np.uint32]:
+    """Codes [O, C, KH, KW] -> words uint32 [KH, KW, P, ceil(C / 32), O]."""
+    planes = encode(values, code)
+    if code == TERNARY:
+        planes = np.stack([planes[0], planes[0] | planes[1]])
+    return np.ascontiguousarray(pack(planes.transpose(3, 4, 0, 1, 2)).transpose(0, 1, 2, 4, 3))
 
 
-def border(signs: NDArray[Any], geometry: Geometry) -> Border:
+def border(values: NDArray[Any], product: Product) -> Border:
     """The border constants of weights [O, C, KH, KW]."""
+    geometry = product.geometry
     rows_inside, columns_inside = geometry.inside(0), geometry.inside(1)
+    if product.x.shift == 0:  # zeros around the image are zeros of the code
+        rows_inside, columns_inside = rows_inside[:1], columns_inside[:1]
     rows, columns = interior(rows_inside), interior(columns_inside)
     kept = [
         np.delete(inside, np.s_[run.first + 1 : run.last + 1], axis=0).astype(np.int64)
         for inside, run in ((rows_inside, rows), (columns_inside, columns))
     ]
     inside = kept[0][:, None, :, None] * kept[1][None, :, None, :]
-    ones = (signs > 0).sum(1, dtype=np.int64)
-    outside = np.einsum("rcyx,oyx->rco", 1 - inside, ones)
-    return Border(signs.shape[1] * inside.sum((2, 3))[:, :, None] + 2 * outside, rows, columns)
+    taps = values.sum(1, dtype=np.int64)
+    sums = product.x.shift * np.einsum("rcyx,oyx->rco", inside, taps)
+    if product.w == TERNARY:
+        ones = (values > 0).sum((1, 2, 3), dtype=np.int64)
+    else:  # sum_j 2^j b_j = (w + 2^l - 1) / 2
+        ones = (taps.sum((1, 2)) - product.w.shift * values[0].size) // 2
+    return Border(sums + (0 if product.x == TERNARY else sum(product.x.ratios)) * ones, rows, columns)
 
 
-def popcounts(x: Any, weight: Any, geometry: Geometry) -> Any:
-    """Differing bits under every window.
+def _padded(x: Any, pads: tuple[int, int, int, int]) -> Any:
+    from tvm import tirx, topi
 
-    x: uint32 [N, H, W, words]. weight: uint32 [KH, KW, words, O]. -> int32 [N, OH, OW, O].
-    """
-    from tvm import te, tirx, topi
+    if not any(pads):
+        return x
+    top, left, bottom, right = pads
+    zero = tirx.const(0, "uint32")
+    return topi.nn.pad(x, [0, top, left, 0, 0], [0, bottom, right, 0, 0], pad_value=zero, name="padded")
 
-    top, left, bottom, right = geometry.pads
-    if any(geometry.pads):
-        zero = tirx.const(0, "uint32")
-        x = topi.nn.pad(x, [0, top, left, 0], [0, bottom, right, 0], pad_value=zero, name="padded")
-    kh, kw, words, filters = weight.shape
+
+def popcounts(x: Any, weight: Any, product: Product) -> Any:
+    """S of every window: int32 [N, OH, OW, O], of packed activations and weights."""
+    from tvm import te
+
+    geometry, planes = product.geometry, product.planes
+    x = _padded(x, geometry.pads)
+    kh, kw, _, words, filters = weight.shape
     ry, rx, rk = te.reduce_axis((0, kh), "ry"), te.reduce_axis((0, kw), "rx"), te.reduce_axis((0, words), "rk")
     (sy, sx), (dy, dx) = geometry.strides, geometry.dilations
 
     def differing(n: Any, h: Any, w: Any, o: Any) -> Any:
-        word = x[n, h * sy + ry * dy, w * sx + rx * dx, rk] ^ weight[ry, rx, rk, o]
-        return te.sum(tirx.popcount(word).astype("int32"), axis=[ry, rx, rk])
+        def activation(plane: int) -> Any:
+            return x[n, h * sy + ry * dy, w * sx + rx * dx, plane, rk]
 
-    attributes = {"dilations": list(geometry.dilations)}
+        return te.sum(planes.count(activation, lambda plane: weight[ry, rx, plane, rk, o]), axis=[ry, rx, rk])
+
+    attributes = {
+        "dilations": list(geometry.dilations),
+        "planes": [planes.x, planes.w, int(planes.x_masked), int(planes.w_masked)],
+    }
     return te.compute((x.shape[0], *geometry.output, filters), differing, name=BLOCK, attrs=attributes)
+
+
+def nonzeros(x: Any, product: Product) -> Any:
+    """(2^l - 1) D, D being how many of the ternary activations under a window are not 0: int32 [N, OH, OW]."""
+    from tvm import te, tirx
+
+    geometry = product.geometry
+    x = _padded(x, geometry.pads)
+    (kh, kw), (sy, sx), (dy, dx) = geometry.kernel, geometry.strides, geometry.dilations
+    ry, rx = te.reduce_axis((0, kh), "ry"), te.reduce_axis((0, kw), "rx")
+    rk = te.reduce_axis((0, x.shape[-1]), "rk")
+
+    def ones(n: Any, h: Any, w: Any) -> Any:
+        mask = x[n, h * sy + ry * dy, w * sx + rx * dx, 1, rk]
+        return te.sum(tirx.Cast("int32", tirx.popcount(mask)) * product.nonzeros, axis=[ry, rx, rk])
+
+    return te.compute((x.shape[0], *geometry.output), ones, name="nonzeros")
 
 
 def float_constants(edge: Border, steps: Sequence[Step]) -> list[NDArray[Any]]:
@@ -140,51 +266,74 @@ def float_constants(edge: Border, steps: Sequence[Step]) -> list[NDArray[Any]]:
     return [edge.values.astype(np.int32), *(step.value for step in steps)]
 
 
-def compute_float(geometry: Geometry, edge: Border, steps: Sequence[Step], x: Any, weight: Any, *constants: Any) -> Any:
-    """The sums through the steps: float32 [N, OH, OW, O]; ``constants`` are those of `float_constants`."""
+def compute_float(
+    product: Product,
+    edge: Border,
+    steps: Sequence[Step],
+    x: Any,
+    weight: Any,
+    *rest: Any,
+    finish: Callable[[Any], Any] = lambda value: value,
+) -> Any:
+    """The sums through the steps and ``finish``: [N, OH, OW, O].
+
+    rest: `nonzeros` where ``product.nonzeros``, then the constants of `float_constants`.
+    """
     from tvm import te
 
-    sums = popcounts(x, weight, geometry)
-    table, *values = constants
+    sums = popcounts(x, weight, product)
+    counts, (table, *values) = (rest[:1], rest[1:]) if product.nonzeros else ([], rest)
 
     def value(n: Any, h: Any, w: Any, o: Any) -> Any:
-        dot = edge.at(table, h, w, o) - 2 * sums[n, h, w, o]
-        return output_transform.emit(steps, values, dot.astype("float32"), o)
+        dot = edge.at(table, h, w, o) - product.factor * sums[n, h, w, o]
+        for count in counts:
+            dot = dot + count[n, h, w]
+        return finish(output_transform.emit(steps, values, dot.astype("float32"), o))
 
     return te.compute(sums.shape, value, name="transformed")
 
 
 def bit_weight(
-    signs: NDArray[Any], geometry: Geometry, steps: Sequence[Step]
+    values: NDArray[Any], product: Product, steps: Sequence[Step]
 ) -> tuple[NDArray[np.uint32], Border, NDArray[np.int32]]:
     """Weights, border and thresholds of `compute_bits`.
 
-    bit = flip * dot >= at. A flipped filter is stored complemented, which negates its dot, and dot >= at is
-    popcounts <= (border - at) / 2. Filters are filled up to whole words with some whose bit is never 1.
+    bit = flip * dot >= at. A flipped filter is stored negated, which negates its dot, and dot >= at is
+    S <= (border - at) / factor, or factor S <= border - at + nonzeros D. Filters are filled up to whole words with
+    some whose bit is never 1.
     """
-    filters = len(signs)
-    threshold = output_transform.integer_threshold(steps, filters, signs[0].size)
-    signs = signs * threshold.flip.reshape(-1, 1, 1, 1)
-    edge = border(signs, geometry)
-    most = (edge.values - threshold.at) // 2
+    filters = len(values)
+    threshold = output_transform.integer_threshold(steps, filters, product.limit(values[0].size))
+    values = values * threshold.flip.reshape(-1, 1, 1, 1)
+    edge = border(values, product)
+    most = edge.values - threshold.at
+    most = most if product.nonzeros else most // product.factor
     missing = -filters % WORD_BITS
-    most = np.pad(most, [(0, 0), (0, 0), (0, missing)], constant_values=-1)
-    weight = np.pad(pack_weight(signs), [(0, 0), (0, 0), (0, 0), (0, missing)])
+    most = np.pad(most, [(0, 0), (0, 0), (0, missing)], constant_values=_NEVER)
+    weight = np.pad(pack_weight(values, product.w), [*[(0, 0)] * 4, (0, missing)])
     return weight, edge, most.astype(np.int32)
 
 
-def compute_bits(geometry: Geometry, edge: Border, x: Any, weight: Any, most: Any) -> Any:
-    """The next layer's bits, uint32 [N, OH, OW, O / 32]; ``weight`` and ``most`` are those of `bit_weight`."""
+def compute_bits(product: Product, edge: Border, x: Any, weight: Any, *rest: Any) -> Any:
+    """The next layer's bits, uint32 [N, OH, OW, 1, O / 32].
+
+    weight, and the last of ``rest``, are those of `bit_weight`; before it comes `nonzeros` where ``product.nonzeros``.
+    """
     from tvm import te
 
-    sums = popcounts(x, weight, geometry)
+    sums = popcounts(x, weight, product)
+    *counts, most = rest
     n, oh, ow, filters = sums.shape
 
-    def word(n: Any, h: Any, w: Any, k: Any) -> Any:
+    def word(n: Any, h: Any, w: Any, _: Any, k: Any) -> Any:
         def bits(first: int, count: int) -> Any:
             lanes = bitpack.ramp(k * WORD_BITS + first, count)
-            return sums[n, h, w, lanes] <= edge.at(most, h, w, lanes)
+            total, limit = sums[n, h, w, lanes], edge.at(most, h, w, lanes)
+            if not counts:
+                return total <= limit
+            total, limit = (bitpack.as_vector(v, "int32", count) for v in (total, limit))
+            return total + total <= limit + counts[0][n, h, w]
 
         return bitpack.pack(bits, k, int(filters))
 
-    return te.compute((n, oh, ow, filters // WORD_BITS), word, name=bitpack.BLOCK)
+    return te.compute((n, oh, ow, 1, filters // WORD_BITS), word, name=bitpack.BLOCK)
