@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pipeline.train import Trained
+
+
+class _Stored(NamedTuple):
+    """A layer in an ONNX file: its scales' tensor and the GroupScale nodes that read it."""
+
+    layer: LayerScales
+    nodes: list[onnx.NodeProto]
+    scale: onnx.TensorProto
+
 
 _NOT_FLOAT = "--activation {}: {} is quantised already, leave it out; it is for float networks"
 
@@ -38,7 +47,7 @@ def layers(source: Path, activation: str | None = None) -> list[LayerScales]:
         return _of_model(_filterwise(source, activation).model, source)
     if activation is not None:
         raise ValueError(_NOT_FLOAT.format(activation, source))
-    return [layer for layer, _, _ in _stored(source)[1]]
+    return [stored.layer for stored in _stored(source)[1]]
 
 
 def convert(source: Path, out: Path, groups: Mapping[str, int], activation: str | None = None) -> None:
@@ -58,10 +67,11 @@ def convert(source: Path, out: Path, groups: Mapping[str, int], activation: str 
 # ONNX files ------------------------------------------------------------------------------------------------------
 
 
-def _stored(path: Path) -> tuple[onnx.ModelProto, list[tuple[LayerScales, onnx.NodeProto, onnx.TensorProto]]]:
-    """The file, and of every layer its scales, its GroupScale and that node's tensor.
+def _stored(path: Path) -> tuple[onnx.ModelProto, list[_Stored]]:
+    """The file, and its layers with one scale per filter.
 
-    The exporter names a layer's tensors NAME.weight.words [planes, O, T, ceil(C / 8)] and NAME.weight.scale [O].
+    The exporter names a layer's tensors NAME.weight.words [planes, O, T, ceil(C / 8)] and NAME.weight.scale [O]; the
+    scales include what an activation code's unit is worth (1 for signs), which shares and prices in per cent ignore.
     """
     from onnx import numpy_helper
 
@@ -71,31 +81,28 @@ def _stored(path: Path) -> tuple[onnx.ModelProto, list[tuple[LayerScales, onnx.N
     proto = onnx_file.load(path)
     tensors = {t.name: t for t in proto.graph.initializer}
     ours = [node for node in proto.graph.node if node.domain == opset.DOMAIN]
-    channels = {n.input[0]: _attributes(n).get("channels", 0) for n in ours if n.op_type.startswith("Unpack")}
+    channels = {n.input[0]: _attributes(n)["channels"] for n in ours if n.op_type == "UnpackCodes"}
     found = []
-    for node in ours:
-        if node.op_type != "GroupScale":
-            continue
-        name = node.input[0].removesuffix(".weight.scale")
-        words, scale = tensors.get(f"{name}.weight.words"), tensors.get(node.input[0])
-        if words is None or scale is None:
-            raise ValueError(f"{path}: node '{node.name}' is none that crossbit export wrote: export the file again")
-        attributes = _attributes(node)
-        if words.dims[0] != 1:
-            continue  # several planes are no +-1 weights
-        if attributes["group"] != 1:
+    for name in dict.fromkeys(node.input[0] for node in ours if node.op_type == "GroupScale"):
+        layer = name.removesuffix(".weight.scale")
+        words, scale = tensors.get(f"{layer}.weight.words"), tensors[name]
+        if words is None or words.dims[0] != 1:
+            continue  # weights of several planes are not +-1
+        nodes = [node for node in ours if node.op_type == "GroupScale" and node.input[0] == name]
+        if (group := _attributes(nodes[0])["group"]) != 1:
             raise ValueError(
-                f"{path}: layer '{name}' has one scale for {attributes['group']} filters and not those of each: "
-                "give a file with M = 1, or the checkpoint"
+                f"{path}: layer '{layer}' has one scale for {group} filters and not those of each: give a file with M = 1, "
+                "or the checkpoint"
             )
         values = numpy_helper.to_array(scale).astype(np.float64)
-        found.append((LayerScales(name, channels[words.name] * words.dims[2], values), node, scale))
+        found.append(_Stored(LayerScales(layer, channels[words.name] * words.dims[2], values), nodes, scale))
     if not found:
-        raise ValueError(f"{path}: has no binary layer with one scale per filter, and nothing else can share scales")
+        raise ValueError(f"{path}: has no layer of +-1 weights with one scale per filter, and nothing else can share")
     return proto, found
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, int]:
+    """The integers among a node's attributes."""
     return {attribute.name: attribute.i for attribute in node.attribute}
 
 
@@ -104,10 +111,11 @@ def _convert_onnx(source: Path, out: Path, groups: Mapping[str, int]) -> None:
     from onnx import numpy_helper
 
     proto, found = _stored(source)
-    for layer, node, scale in found:
+    for layer, nodes, scale in found:
         group = groups[layer.name]
         scale.CopyFrom(numpy_helper.from_array(layer.shared(group).astype(np.float32), scale.name))
-        next(a for a in node.attribute if a.name == "group").i = group
+        for node in nodes:
+            next(a for a in node.attribute if a.name == "group").i = group
     onnx.checker.check_model(proto, full_check=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
@@ -170,8 +178,7 @@ def _of_model(model: nn.Module, source: Path) -> list[LayerScales]:
             found.append(LayerScales(name, coded.codes[0].numel(), coded.scale.double().numpy()))
     if not found:
         raise ValueError(
-            f"{source}: has no layer of +-1 weights with one scale per filter (weight = 'bwn'), and nothing else can "
-            "share scales"
+            f"{source}: has no layer of +-1 weights with one scale per filter (weight = 'bwn'), and nothing else can share"
         )
     return found
 
