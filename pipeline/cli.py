@@ -374,18 +374,17 @@ def similarity(
     if as_json:
         _print_json([layer.summary() for layer in layers])
         return
-    groups = sorted({m for layer in layers for m in layer.groups()})
+    shown = (2, 4, 8, 16, 32)
     rows = [
         (
             layer.name,
             str(len(layer.scales)),
-            f"{layer.scales.mean():.4g}",
             f"{layer.spread:.1%}",
-            *(f"{layer.relative_price(m):.2%}" if m in layer.groups() else "" for m in groups),
+            *(f"{layer.relative_price(m):.2%}" for m in (*shown, len(layer.scales))),
         )
         for layer in layers
     ]
-    columns = ("layer", "filters", "mean scale", "spread", *(f"M={m}" for m in groups))
+    columns = ("layer", "filters", "spread", *(f"M = {m}" for m in shown), "all")
     _table(f"{source}: price of sharing, of the weights' energy", columns, rows, right=tuple(range(1, len(columns))))
 
 
@@ -400,6 +399,8 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Make a trained network cross-filter: the bits stay, M neighbours share the mean of their scales.
+
+    Fine-tune a converted training folder with `crossbit train RECIPE --start`.
 
     Example: crossbit convert runs/m1 -o runs/m1-shared --budget 0.02
     """
@@ -428,7 +429,7 @@ def convert(
     ]
     columns = ("layer", "filters", "M", "scales", "price")
     _table(f"{source}: price in the weights' energy", columns, rows, right=(1, 2, 3, 4))
-    _say("converted", f"{result}; fine-tune a training folder with `crossbit train RECIPE --start {result}`")
+    _say("converted", str(result))
 
 
 @app.command()

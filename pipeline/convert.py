@@ -91,8 +91,8 @@ def _stored(path: Path) -> tuple[onnx.ModelProto, list[_Stored]]:
         nodes = [node for node in ours if node.op_type == "GroupScale" and node.input[0] == name]
         if (group := _attributes(nodes[0])["group"]) != 1:
             raise ValueError(
-                f"{path}: layer '{layer}' has one scale for {group} filters and not those of each: give a file with M = 1, "
-                "or the checkpoint"
+                f"{path}: layer '{layer}' has one scale for {group} filters and not those of each: "
+                "give a file with M = 1, or the checkpoint"
             )
         values = numpy_helper.to_array(scale).astype(np.float64)
         found.append(_Stored(LayerScales(layer, channels[words.name] * words.dims[2], values), nodes, scale))
@@ -114,6 +114,9 @@ def _convert_onnx(source: Path, out: Path, groups: Mapping[str, int]) -> None:
     for layer, nodes, scale in found:
         group = groups[layer.name]
         scale.CopyFrom(numpy_helper.from_array(layer.shared(group).astype(np.float32), scale.name))
+        for typed in proto.graph.value_info:
+            if typed.name == scale.name:
+                typed.type.tensor_type.shape.dim[0].dim_value = scale.dims[0]
         for node in nodes:
             next(a for a in node.attribute if a.name == "group").i = group
     onnx.checker.check_model(proto, full_check=True)
@@ -178,7 +181,8 @@ def _of_model(model: nn.Module, source: Path) -> list[LayerScales]:
             found.append(LayerScales(name, coded.codes[0].numel(), coded.scale.double().numpy()))
     if not found:
         raise ValueError(
-            f"{source}: has no layer of +-1 weights with one scale per filter (weight = 'bwn'), and nothing else can share"
+            f"{source}: has no layer of +-1 weights with one scale per filter, as 'bwn' makes them, "
+            "and nothing else can share"
         )
     return found
 

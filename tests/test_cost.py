@@ -83,6 +83,19 @@ def test_sharing_saves_no_multiplication_of_an_output() -> None:
     assert cost.multiplications(10, m, 4, input_scale=True) == (10 + 3) * m  # the last group is smaller
 
 
+def test_measured_kernels_are_right_and_share_their_float_baseline(seed: int) -> None:
+    from pipeline.cost_measured import measure
+
+    rounds = []
+    one, two = measure([24], 3, [1, 16], rounds=3, seed=seed, on_round=lambda done, total: rounds.append((done, total)))
+    assert (one.channels, one.kernel, one.group, two.group) == (24, 3, 1, 16)
+    assert one.float_us == two.float_us and one.onnxruntime_us == two.onnxruntime_us
+    assert one.speedup == one.float_us / one.binary_us > 0
+    assert rounds == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(ValueError, match=r"kernel = 2: .* give an odd kernel to measure"):
+        measure([8], 2, [1])
+
+
 @pytest.mark.parametrize("arguments", [(0, 3, 64, 1), (1, 0, 64, 1), (1, 3, 0, 1), (1, 3, 64, 0)])
 def test_refusals(arguments: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
