@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.layers import QuantConv2d, QuantLinear, pad, window_mean
-from pipeline.quantizers import BitWeight, sign
+from pipeline.layers import QuantConv2d, QuantLinear, pad, taps_first, unfold, window_mean
+from pipeline.quantizers import ActivationQuantizer, CodedWeight, ResidualQuantizer, sign
 from tvm_ops import opset
-from tvm_ops.bitplanes import pack
+from tvm_ops.bitplanes import Code, encode, pack
 
 
-def _symbolic(name: str, inputs: tuple[Tensor, ...], shape: tuple[int, ...], **attributes: int) -> Tensor:
+def _symbolic(name: str, inputs: tuple[Tensor, ...], shape: tuple[int, ...], **attributes: int | list[int]) -> Tensor:
     """A node of our domain, while torch exports."""
     return torch.onnx.ops.symbolic(
         f"{opset.DOMAIN}::{name}", inputs, attributes, dtype=torch.float32, shape=shape, version=opset.VERSION
@@ -32,76 +32,173 @@ def _binary_sign(x: Tensor) -> Tensor:
     return _symbolic("BinarySign", (x,), x.shape) if torch.onnx.is_in_onnx_export() else sign(x)
 
 
+def _codes(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
+    if not torch.onnx.is_in_onnx_export():
+        return quantizer.codes(x)
+    constants, attributes = quantizer.operands()
+    return _symbolic(quantizer.operator, (x, *constants), x.shape, **attributes)
+
+
 def _accumulator(x: Tensor) -> Tensor:
     return _symbolic("Accumulator", (x,), x.shape) if torch.onnx.is_in_onnx_export() else x.to(torch.int32).float()
 
 
 class PackedWeight(nn.Module):
-    """1-bit weights [O, C, *kernel] as stored: words uint8 [O, T, ceil(C / 8)], scale float32 [ceil(O / group)]."""
+    """Coded weights [O, C, *kernel] as stored: words uint8 [P, O, T, ceil(C / 8)], scales float32 [ceil(O / group)].
+
+    The scales include ``unit``, what an activation code's unit is worth. Where codes below zero have a scale of their
+    own, ``negative`` is it.
+    """
 
     words: Tensor
     scale: Tensor
+    negative: Tensor | None
 
-    def __init__(self, weight: BitWeight) -> None:
+    def __init__(self, weight: CodedWeight, unit: float) -> None:
         super().__init__()
-        self.shape = tuple(weight.signs.shape)
-        taps_last = weight.signs.flatten(2) if weight.signs.dim() > 2 else weight.signs.unsqueeze(2)
-        words = pack(taps_last.transpose(1, 2).cpu().numpy(), "u1")
-        self.register_buffer("words", torch.from_numpy(words))
-        self.register_buffer("scale", weight.scale.clone())
-        self.group = weight.group
+        self.shape, self.code, self.group = tuple(weight.codes.shape), weight.code, weight.group
+        taps_last = weight.codes.flatten(2) if weight.codes.dim() > 2 else weight.codes.unsqueeze(2)
+        planes = encode(taps_last.transpose(1, 2).cpu().numpy(), weight.code)
+        self.register_buffer("words", torch.from_numpy(pack(planes, "u1")))
+        self.register_buffer("scale", (weight.scale.double() * unit).float())
+        negative = weight.negative
+        self.register_buffer("negative", None if negative is None else (negative.double() * unit).float())
 
-    def signs(self) -> Tensor:
-        """float32 +-1 [O, C, *kernel]."""
+    def codes(self) -> Tensor:
+        """float32 integers [O, C, *kernel]."""
         filters, channels = self.shape[:2]
         taps = int(np.prod(self.shape[2:]))
+        ratios, shift = self.code.ratios, self.code.shift
         if torch.onnx.is_in_onnx_export():
-            signs = _symbolic("UnpackSigns", (self.words,), (filters, channels, taps), channels=channels)
+            attributes = {"channels": channels, "ratios": list(ratios), "shift": shift}
+            codes = _symbolic("UnpackCodes", (self.words,), (filters, channels, taps), **attributes)
         else:
             bits = self.words.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=self.words.device) & 1
-            signs = (bits.flatten(2)[..., :channels].float() * 2 - 1).transpose(1, 2)
-        return signs.reshape(self.shape)
+            worth = torch.tensor(ratios, device=bits.device).view(-1, 1, 1, 1)
+            codes = ((bits.flatten(3)[..., :channels] * worth).sum(0) + shift).float().transpose(1, 2)
+        return codes.reshape(self.shape)
 
-    def per_filter(self) -> Tensor:
-        """float32 [O]."""
+    def per_filter(self, scale: Tensor) -> Tensor:
+        """A scale of groups for every filter, float32 [O]."""
         filters = self.shape[0]
         if torch.onnx.is_in_onnx_export():
-            return _symbolic("GroupScale", (self.scale,), (filters,), group=self.group, filters=filters)
-        return self.scale.repeat_interleave(self.group)[:filters]
+            return _symbolic("GroupScale", (scale,), (filters,), group=self.group, filters=filters)
+        return scale.repeat_interleave(self.group)[:filters]
 
 
-class BitConv2d(nn.Module):
-    """A deployed `QuantConv2d`: y = scale_g * conv(sign(x), signs) [* K] [+ bias]."""
+class _Deployed(nn.Module):
+    """What deployed layers share: sums of integer codes, each times its scale.
+
+        codes of one scale       y = scale_g * sums
+        residual planes          y = sum_j (scale_g * sums_j) * b_j
+        codes -1 of their own    every scale_g * sums becomes scale_g * sums of codes > 0 - negative_g * sums of the rest
+        real activations         y = scale_g * (x times codes), a float sum
+
+    Raises:
+        ValueError: sums that float32 cannot hold.
+    """
+
+    def __init__(self, layer: QuantConv2d | QuantLinear) -> None:
+        super().__init__()
+        self.activation = copy.deepcopy(layer.activation_quantizer)
+        weight = layer.weight_quantizer.encode(layer.weight)
+        self.weight = PackedWeight(weight, self.activation.scale)
+        self.input_scale, self.bias = layer.input_scale, layer.bias
+        _check_limit(layer, self.activation.code, weight)
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution or matrix product of codes or real numbers."""
+        raise NotImplementedError
+
+    def column(self, per_filter: Tensor) -> Tensor:
+        """[O], to be broadcast over the result of `multiply`."""
+        raise NotImplementedError
+
+    def input_mean(self, x: Tensor) -> Tensor:
+        """K of every output."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.activation, ResidualQuantizer):
+            products = [self._scaled(plane) * b for plane, b in self.activation.planes(self.windows(x), _binary_sign)]
+            y = products[0]
+            for product in products[1:]:
+                y = y + product
+        elif self.activation.code is None:
+            y = self._scaled_real(x)
+        else:
+            y = self._scaled(_codes(x, self.activation))
+        if self.input_scale:
+            y = y * self.input_mean(x)
+        return y if self.bias is None else y + self.column(self.bias)
+
+    def windows(self, x: Tensor) -> Tensor:
+        """What a residual quantiser takes."""
+        return x
+
+    def _scaled(self, codes: Tensor) -> Tensor:
+        weight, scale = self.weight.codes(), self._scale(self.weight.scale)
+        if self.weight.negative is None:
+            return _accumulator(self.multiply(codes, weight)) * scale
+        positive, negative = weight.clamp(min=0), (-weight).clamp(min=0)
+        below = _accumulator(self.multiply(codes, negative)) * self._scale(self.weight.negative)
+        return _accumulator(self.multiply(codes, positive)) * scale - below
+
+    def _scaled_real(self, x: Tensor) -> Tensor:
+        weight, scale = self.weight.codes(), self.weight.per_filter(self.weight.scale)
+        if self.weight.negative is None:
+            return self.multiply(x, weight) * self.column(scale)
+        filters = (-1, *[1] * (weight.dim() - 1))
+        negative = self.weight.per_filter(self.weight.negative).view(filters)
+        return self.multiply(x, weight.clamp(min=0) * scale.view(filters) - (-weight).clamp(min=0) * negative)
+
+    def _scale(self, scale: Tensor) -> Tensor:
+        return self.column(self.weight.per_filter(scale))
+
+
+def _check_limit(layer: nn.Module, code: Code | None, weight: CodedWeight) -> None:
+    largest = 0 if code is None else weight.codes[0].numel() * code.largest * weight.code.largest
+    if largest >= 1 << 24:
+        raise ValueError(
+            f"{layer}: its sums may reach {largest}, and float32 holds integers only to 2^24: use fewer bits or channels"
+        )
+
+
+class BitConv2d(_Deployed):
+    """A deployed `QuantConv2d`."""
 
     def __init__(self, layer: QuantConv2d) -> None:
-        super().__init__()
-        self.weight = PackedWeight(layer.weight_quantizer.encode(layer.weight))
-        self.stride, self.pads, self.dilation = layer.stride, layer.pads, layer.dilation
-        self.kernel, self.input_scale = layer.kernel_size, layer.input_scale
-        self.bias = layer.bias
+        super().__init__(layer)
+        self.stride, self.pads, self.dilation, self.kernel = layer.stride, layer.pads, layer.dilation, layer.kernel_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        codes = pad(_binary_sign(x), self.pads)
-        sums = _accumulator(F.conv2d(codes, self.weight.signs(), None, self.stride, 0, self.dilation))
-        y = sums * self.weight.per_filter().view(-1, 1, 1)
-        if self.input_scale:
-            y = y * window_mean(x, self.kernel, self.stride, self.pads, self.dilation)
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        if isinstance(self.activation, ResidualQuantizer) and self.activation.per_window:
+            return F.conv2d(x, taps_first(weight))
+        return F.conv2d(pad(x, self.pads), weight, None, self.stride, 0, self.dilation)
+
+    def windows(self, x: Tensor) -> Tensor:
+        if not self.activation.per_window:
+            return x
+        return unfold(pad(x, self.pads), self.kernel, self.stride, self.dilation)
+
+    def column(self, per_filter: Tensor) -> Tensor:
+        return per_filter.view(-1, 1, 1)
+
+    def input_mean(self, x: Tensor) -> Tensor:
+        return window_mean(x, self.kernel, self.stride, self.pads, self.dilation)
 
 
-class BitLinear(nn.Module):
-    """A deployed `QuantLinear`: y = scale_g * (sign(x) signs^T) [* mean |x|] [+ bias]."""
+class BitLinear(_Deployed):
+    """A deployed `QuantLinear`."""
 
-    def __init__(self, layer: QuantLinear) -> None:
-        super().__init__()
-        self.weight = PackedWeight(layer.weight_quantizer.encode(layer.weight))
-        self.input_scale, self.bias = layer.input_scale, layer.bias
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = _accumulator(F.linear(_binary_sign(x), self.weight.signs())) * self.weight.per_filter()
-        if self.input_scale:
-            y = y * x.abs().mean(1, keepdim=True)
-        return y if self.bias is None else y + self.bias
+    def column(self, per_filter: Tensor) -> Tensor:
+        return per_filter
+
+    def input_mean(self, x: Tensor) -> Tensor:
+        return x.abs().mean(1, keepdim=True)
 
 
 class ChannelAffine(nn.Module):
@@ -140,7 +237,7 @@ def deploy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in evaluation mode whose layers are the deployed ones; ``model`` is untouched.
 
     Raises:
-        ValueError: a batch norm without running statistics.
+        ValueError: a batch norm without running statistics; a layer whose sums float32 cannot hold.
     """
     if type(model) in _DEPLOYED:
         return _DEPLOYED[type(model)](model).eval()

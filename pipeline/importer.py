@@ -19,9 +19,10 @@ from onnx.reference import ReferenceEvaluator
 from tvm import relax, te
 
 from pipeline import onnx_file
-from pipeline.values import Channelwise, Constant, Emitter, MaxPool, Real, Signs, Sum, Value
+from pipeline.values import Channelwise, Codes, Constant, Emitter, MaxPool, Real, RealSum, Signs, Sum, Value
 from tvm_ops import opset
-from tvm_ops.bitplanes import BINARY, decode, unpack
+from tvm_ops.bitplanes import TERNARY, Code, decode, odd, unpack, unsigned
+from tvm_ops.ops import bitweight_conv2d, quantize
 from tvm_ops.ops.bitserial_conv2d import Geometry
 from tvm_ops.output_transform import Step, product
 
@@ -146,17 +147,33 @@ def _as_channelwise(value: Value, emitter: Emitter) -> Channelwise:
     return value if isinstance(value, Channelwise) else Channelwise(Real(emitter, value.real(), value.shape))
 
 
+def _quantized(e: Emitter, value: Value) -> Channelwise:
+    if len(value.shape) not in (2, 4):
+        raise ValueError(f"codes of a tensor of rank {len(value.shape)}: flatten it to [N, C] or use [N, C, H, W]")
+    return _as_channelwise(value, e)
+
+
 def _binary_sign(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
-    if len(inputs[0].shape) not in (2, 4):
-        raise ValueError(
-            f"the sign of a tensor of rank {len(inputs[0].shape)}: flatten it to [N, C] or use [N, C, H, W]"
-        )
-    return Signs(e, _as_channelwise(inputs[0], e))
+    return Signs(e, _quantized(e, inputs[0]))
 
 
-def _unpack_signs(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
-    bits = unpack(inputs[0].array, int(a["channels"]))
-    return Constant(decode(bits[None], BINARY).transpose(0, 2, 1).astype(np.float32))
+def _ternarize(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
+    threshold = float(inputs[1].array.item())
+    return Codes(e, _quantized(e, inputs[0]), TERNARY, lambda x: quantize.ternary(x, threshold))
+
+
+def _quantize(code: Callable[[int], Code], pattern: Callable[[Any, int], Any]) -> Handler:
+    def convert(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
+        bits = int(a["bits"])
+        return Codes(e, _quantized(e, inputs[0]), code(bits), lambda x: pattern(x, bits))
+
+    return convert
+
+
+def _unpack_codes(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
+    code = Code(tuple(int(r) for r in a["ratios"]), int(a["shift"]))
+    values = decode(unpack(inputs[0].array, int(a["channels"])), code)
+    return Constant(values.transpose(0, 2, 1).astype(np.float32))
 
 
 def _group_scale(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
@@ -166,7 +183,7 @@ def _group_scale(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
 def _accumulator(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
     value = inputs[0]
     if not (isinstance(value, Channelwise) and isinstance(value.base, Sum) and not value.steps):
-        raise ValueError("it marks the integer sum of +-1 activations and +-1 weights, and its input is none")
+        raise ValueError("it marks the integer sum of codes and coded weights, and its input is none")
     return value
 
 
@@ -189,8 +206,13 @@ def _geometry(image: Sequence[int], kernel: Sequence[int], a: Attributes) -> Geo
     )
 
 
-def _is_signs(value: Any) -> bool:
-    return isinstance(value, Constant) and bool((np.abs(value.array) == 1).all())
+def _product(e: Emitter, x: Value, weights: np.ndarray, geometry: Geometry, shape: tuple[int, ...]) -> Value | None:
+    """The convolution of x with weights [O, C, KH, KW] of few bits; None: they are floats like any other."""
+    code = bitweight_conv2d.integer_code(weights)
+    if isinstance(x, Codes) and code is not None:
+        return Channelwise(Sum(e, x, weights.astype(np.int64), code, geometry, shape))
+    few = bitweight_conv2d.few_bits(weights)
+    return None if few is None else Channelwise(RealSum(e, x, few, geometry, shape))
 
 
 def _per_channel(value: Value, like: Value) -> np.ndarray | None:
@@ -218,10 +240,11 @@ def _conv(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     groups = int(a.get("group", 1))
     geometry = _geometry(x.shape[2:], weight.shape[2:], a)
     shape = (x.shape[0], weight.shape[0], *geometry.output)
-    if isinstance(x, Signs) and _is_signs(weight):
-        if groups != 1:
-            raise ValueError(f"a bit-serial convolution with group = {groups} is not supported: use group = 1")
-        return _add_bias(e, Channelwise(Sum(e, x, weight.array, geometry, shape)), bias)
+    product = _product(e, x, weight.array, geometry, shape) if groups == 1 else None
+    if product is not None:
+        return _add_bias(e, product, bias)
+    if isinstance(x, Codes) and groups != 1:
+        raise ValueError(f"a convolution of codes with group = {groups} is not supported: use group = 1")
     conv = relax.op.nn.conv2d(
         x.real(),
         relax.const(np.ascontiguousarray(weight.array.transpose(2, 3, 1, 0))),
@@ -244,9 +267,9 @@ def _gemm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
         raise ValueError("only matrix products of [N, C] activations with constant weights are supported")
     rows = weight.array if a.get("transB", 0) else weight.array.T
     shape = (x.shape[0], rows.shape[0])
-    if isinstance(x, Signs) and _is_signs(weight):
-        geometry = Geometry((1, 1), (1, 1))
-        return _add_bias(e, Channelwise(Sum(e, x, rows[:, :, None, None], geometry, shape)), bias)
+    product = _product(e, x, rows[:, :, None, None], Geometry((1, 1), (1, 1)), shape)
+    if product is not None:
+        return _add_bias(e, product, bias)
     dense = relax.op.matmul(x.real(), relax.const(np.ascontiguousarray(rows.T)))
     return _add_bias(e, _real(e, dense, shape), bias)
 
@@ -328,8 +351,8 @@ def _max_pool(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     x = inputs[0]
     geometry = _geometry(x.shape[2:], a["kernel_shape"], a)
     shape = (*x.shape[:2], *geometry.output)
-    if isinstance(x, Signs):  # the maximum of signs is the sign of the maximum
-        return Signs(e, Channelwise(MaxPool(e, x.of, geometry, shape)))
+    if isinstance(x, Codes):  # the maximum of codes is the code of the maximum
+        return x.like(Channelwise(MaxPool(e, x.of, geometry, shape)))
     return Channelwise(MaxPool(e, _as_channelwise(x, e), geometry, shape))
 
 
@@ -377,8 +400,8 @@ def _reduce_mean(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
 
 def _reshaped(e: Emitter, x: Value, shape: Sequence[int]) -> Value:
     """The file's element order is NCHW's, so a map is turned back first (free where it is 1x1)."""
-    if isinstance(x, Signs):  # moving elements and taking their sign commute
-        return Signs(e, _as_channelwise(_reshaped(e, x.of, shape), e))
+    if isinstance(x, Codes):  # moving elements and taking their codes commute
+        return x.like(_as_channelwise(_reshaped(e, x.of, shape), e))
     expr = x.real()
     if len(x.shape) == 4 and x.shape[2:] != (1, 1):
         expr = e.op(relax.op.permute_dims(expr, [0, 3, 1, 2]))
@@ -405,6 +428,23 @@ def _concat(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     return Channelwise(Real(e, out, _logical_shape(out)))
 
 
+def _slice(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
+    x, starts, ends, axes, steps = [*inputs, None, None][:5]
+    rank, count = len(x.shape), starts.array.size
+    along = list(range(count)) if axes is None else [int(i) % rank for i in axes.array]
+    by = [1] * count if steps is None else [int(i) for i in steps.array]
+    spans = [range(x.shape[i])[slice(int(a), int(b), s)] for i, a, b, s in zip(along, starts.array, ends.array, by, strict=True)]
+    if min(by) < 1 or any(len(span) == 0 for span in spans):
+        raise ValueError(f"a slice with steps {by} of an axis, or of nothing, is not supported: use positive steps")
+    out = relax.op.strided_slice(
+        x.real(), [_axis(i, rank) for i in along], [s.start for s in spans], [s.stop for s in spans], by
+    )
+    shape = list(x.shape)
+    for axis, span in zip(along, spans, strict=True):
+        shape[axis] = len(span)
+    return _real(e, out, shape)
+
+
 def _softmax(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     axis = _axis(int(a.get("axis", -1)), len(inputs[0].shape))
     return _real(e, relax.op.nn.softmax(inputs[0].real(), axis), inputs[0].shape)
@@ -412,7 +452,10 @@ def _softmax(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
 
 OPERATORS: dict[str, Handler] = {
     f"{opset.DOMAIN}::BinarySign": _binary_sign,
-    f"{opset.DOMAIN}::UnpackSigns": _unpack_signs,
+    f"{opset.DOMAIN}::Ternarize": _ternarize,
+    f"{opset.DOMAIN}::QuantizeUnit": _quantize(unsigned, quantize.unit),
+    f"{opset.DOMAIN}::QuantizeSymmetric": _quantize(odd, quantize.symmetric),
+    f"{opset.DOMAIN}::UnpackCodes": _unpack_codes,
     f"{opset.DOMAIN}::GroupScale": _group_scale,
     f"{opset.DOMAIN}::Accumulator": _accumulator,
     "Conv": _conv,
@@ -438,5 +481,6 @@ OPERATORS: dict[str, Handler] = {
     "Flatten": _flatten,
     "Reshape": _reshape,
     "Concat": _concat,
+    "Slice": _slice,
     "Softmax": _softmax,
 }

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from tvm import relax, te, tirx
 
 from tvm_ops import output_transform
-from tvm_ops.bitplanes import WORD_BITS, pack
-from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d
-from tvm_ops.ops.bitserial_conv2d import Geometry
+from tvm_ops.bitplanes import BINARY, TERNARY, WORD_BITS, Code, pack
+from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, bitweight_conv2d
+from tvm_ops.ops.bitserial_conv2d import Geometry, Product
 from tvm_ops.output_transform import Step
 
 # TVM's OpPatternKind: what follows may be fused to it; nothing may.
@@ -30,6 +30,7 @@ OUT_ELEMENTWISE_FUSABLE, OPAQUE = 4, 8
 
 Shape = tuple[int, ...]
 Array = NDArray[Any]
+Finish = Callable[[Any], Any]  # a last expression of a kernel, such as the pattern of a code
 
 
 @dataclass
@@ -62,6 +63,10 @@ class Value(Protocol):
         """The float tensor, emitted once."""
 
 
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
 @dataclass(frozen=True, eq=False)
 class Real:
     """A float tensor that exists."""
@@ -78,13 +83,13 @@ class Real:
         threshold = output_transform.float_threshold(steps, self.shape[1])
         return self.emitter.te("bitpack", bitpack.compute, self.expr, *bitpack.constants(threshold), op_pattern=OPAQUE)
 
-    def stepped(self, steps: Sequence[Step]) -> relax.Expr:
-        if not steps:
+    def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
+        if not steps and finish is _as_it_is:
             return self.expr
 
         def compute(x: Any, *constants: Any) -> Any:
             return te.compute(
-                x.shape, lambda *i: output_transform.emit(steps, constants, x[i], i[-1]), name="transformed"
+                x.shape, lambda *i: finish(output_transform.emit(steps, constants, x[i], i[-1])), name="transformed"
             )
 
         return self.emitter.te("transform", compute, self.expr, *(step.value for step in steps))
@@ -92,38 +97,94 @@ class Real:
 
 @dataclass(frozen=True, eq=False)
 class Sum:
-    """The integer sums of a convolution of codes with +-1 weights, signs [O, C, KH, KW]."""
+    """The integer sums of a convolution of codes with weights, integers [O, C, KH, KW] of ``code``.
+
+    Raises:
+        ValueError: sums that float32 cannot hold.
+    """
 
     emitter: Emitter
-    codes: Signs
-    signs: Array
+    codes: Codes
+    weights: Array
+    code: Code
+    geometry: Geometry
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        limit = self.product.limit(self.weights[0].size)
+        if limit >= 1 << 24:
+            raise ValueError(f"its sums may reach {limit}, and float32 holds integers only to 2^24: use fewer bits")
+
+    @property
+    def product(self) -> Product:
+        return Product(self.geometry, self.codes.code, self.code)
+
+    def words(self, steps: Sequence[Step]) -> relax.Expr:
+        weight, edge, most = bitserial_conv2d.bit_weight(self.weights, self.product, steps)
+
+        def compute(*tensors: Any) -> Any:
+            return bitserial_conv2d.compute_bits(self.product, edge, *tensors)
+
+        operations = 2 * self.weights[0].size * int(np.prod(self.shape))
+        x, rest = self._operands()
+        return self.emitter.te(
+            "bitserial_conv2d_bits", compute, x, weight, *rest, most, op_pattern=OPAQUE, estimated_flops=operations
+        )
+
+    def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
+        edge = bitserial_conv2d.border(self.weights, self.product)
+        weight = bitserial_conv2d.pack_weight(self.weights, self.code)
+        constants = bitserial_conv2d.float_constants(edge, steps)
+
+        def compute(*tensors: Any) -> Any:
+            return bitserial_conv2d.compute_float(self.product, edge, steps, *tensors, finish=finish)
+
+        x, rest = self._operands()
+        out = self.emitter.te(
+            "bitserial_conv2d", compute, x, weight, *rest, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE
+        )
+        return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
+
+    def _operands(self) -> tuple[relax.Expr, list[relax.Expr]]:
+        """The words, and what of them is not 0 where that matters."""
+        words = self.codes.words()
+        if not self.product.nonzeros:
+            return words, []
+
+        def compute(x: Any) -> Any:
+            return bitserial_conv2d.nonzeros(x, self.product)
+
+        return words, [self.emitter.te("nonzeros", compute, words)]
+
+
+@dataclass(frozen=True, eq=False)
+class RealSum:
+    """The float sums of a convolution of real activations with weights of a few bits."""
+
+    emitter: Emitter
+    of: Value
+    weights: bitweight_conv2d.Weights
     geometry: Geometry
     shape: Shape
 
     def words(self, steps: Sequence[Step]) -> relax.Expr:
-        weight, edge, most = bitserial_conv2d.bit_weight(self.signs, self.geometry, steps)
+        return Real(self.emitter, self.stepped(()), self.shape).words(steps)
+
+    def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
+        missing = -self.weights.filters % WORD_BITS
+        x = self.of.real()
+        if len(self.shape) == 2:
+            x = self.emitter.op(relax.op.reshape(x, (self.shape[0], 1, 1, self.of.shape[1])))
 
         def compute(*tensors: Any) -> Any:
-            return bitserial_conv2d.compute_bits(self.geometry, edge, *tensors)
+            return bitweight_conv2d.compute(self.geometry, self.weights, steps, *tensors, finish=finish)
 
-        operations = 2 * self.signs[0].size * int(np.prod(self.shape))
-        words = self.codes.words()
-        return self.emitter.te(
-            "bitserial_conv2d_bits", compute, words, weight, most, op_pattern=OPAQUE, estimated_flops=operations
-        )
-
-    def stepped(self, steps: Sequence[Step]) -> relax.Expr:
-        edge = bitserial_conv2d.border(self.signs, self.geometry)
-        weight = bitserial_conv2d.pack_weight(self.signs)
-        constants = bitserial_conv2d.float_constants(edge, steps)
-
-        def compute(*tensors: Any) -> Any:
-            return bitserial_conv2d.compute_float(self.geometry, edge, steps, *tensors)
-
-        words = self.codes.words()
+        constants = [np.pad(step.value, (0, missing)) for step in steps]
         out = self.emitter.te(
-            "bitserial_conv2d", compute, words, weight, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE
+            "bitweight_conv2d", compute, x, self.weights.words(), *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE
         )
+        if missing:
+            out = self.emitter.op(relax.op.strided_slice(out, [3], [0], [self.weights.filters]))
         return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
 
 
@@ -147,20 +208,20 @@ class MaxPool:
 
         return self.emitter.te("binary_max_pool2d", compute, words, invert)
 
-    def stepped(self, steps: Sequence[Step]) -> relax.Expr:
+    def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
         g = self.geometry
         pooled = relax.op.nn.max_pool2d(
             self.of.real(), g.kernel, g.strides, list(g.pads), g.dilations, layout="NHWC", out_layout="NHWC"
         )
         out = self.emitter.op(pooled)
-        return Real(self.emitter, out, self.shape).stepped(steps)
+        return Real(self.emitter, out, self.shape).stepped(steps, finish)
 
 
 @dataclass(frozen=True, eq=False)
 class Channelwise:
     """A base and the per-channel steps behind it."""
 
-    base: Real | Sum | MaxPool
+    base: Real | Sum | RealSum | MaxPool
     steps: tuple[Step, ...] = ()
 
     @property
@@ -180,13 +241,22 @@ class Channelwise:
     def words(self) -> relax.Expr:
         return self.base.words(self.steps)
 
+    def finished(self, finish: Finish) -> relax.Expr:
+        """Another tensor of the same shape: ``finish`` of every element."""
+        return self.base.stepped(self.steps, finish)
+
 
 @dataclass(eq=False)
-class Signs:
-    """The +-1 codes of a tensor. Its words are uint32 [N, H, W, ceil(C / 32)]."""
+class Codes:
+    """The integer codes of a tensor, by ``pattern``. Its words are uint32 [N, H, W, P, ceil(C / 32)].
+
+    pattern: a float -> the uint8 whose bit p goes to plane p, see `tvm_ops.ops.quantize`.
+    """
 
     emitter: Emitter
     of: Channelwise
+    code: Code
+    pattern: Finish
     _words: list[relax.Expr] = field(default_factory=list)
 
     @property
@@ -195,11 +265,49 @@ class Signs:
 
     def words(self) -> relax.Expr:
         if not self._words:
-            words = self.of.words()
+            words = self._packed()
             if len(self.shape) == 2:  # a dense layer is a convolution of a 1x1 image
-                words = self.emitter.op(relax.op.reshape(words, (self.shape[0], 1, 1, -(-self.shape[1] // WORD_BITS))))
+                words_of = -(-self.shape[1] // WORD_BITS)
+                words = self.emitter.op(relax.op.reshape(words, (self.shape[0], 1, 1, self.code.bits, words_of)))
             self._words.append(words)
         return self._words[0]
+
+    def _packed(self) -> relax.Expr:
+        def compute(x: Any) -> Any:
+            return bitpack.compute_planes(x, self.code.bits)
+
+        return self.emitter.te("bitpack_planes", compute, self.of.finished(self.pattern), op_pattern=OPAQUE)
+
+    def real(self) -> relax.Expr:
+        """The integers as floats, for a layer whose weights are none."""
+
+        def value(x: Any) -> Any:
+            bits = self.pattern(x)
+            if self.code == TERNARY:
+                plus, minus, zero = (tirx.const(v, "float32") for v in (1.0, -1.0, 0.0))
+                return tirx.Select(bits == 3, plus, tirx.Select(bits == 2, minus, zero))
+            ratio = tirx.const(float(self.code.ratios[0]), "float32")
+            return tirx.Cast("float32", bits) * ratio + tirx.const(float(self.code.shift), "float32")
+
+        return self.of.finished(value)
+
+    def like(self, of: Channelwise) -> Codes:
+        """The codes of another tensor."""
+        return Codes(self.emitter, of, self.code, self.pattern)
+
+
+@dataclass(eq=False)
+class Signs(Codes):
+    """The +-1 codes of a tensor, by threshold: BN, scale and sign behind an integer sum are one comparison."""
+
+    code: Code = BINARY
+    pattern: Finish = _as_it_is
+
+    def _packed(self) -> relax.Expr:
+        return self.of.words()
+
+    def like(self, of: Channelwise) -> Codes:
+        return Signs(self.emitter, of)
 
     def real(self) -> relax.Expr:
         """+-1 as floats, for a layer whose weights are not +-1."""

@@ -16,7 +16,7 @@ from typing import Any
 from targets import ByteCounter, Target
 from tvm_ops import adder_network
 from tvm_ops.bitplanes import WORD_BITS
-from tvm_ops.ops import bitpack, bitserial_conv2d
+from tvm_ops.ops import bitpack, bitserial_conv2d, bitweight_conv2d
 
 _DATA_PARALLEL, _REDUCTION = 0, 2
 # A fork and join of TVM's thread pool takes some 5 us, in which a core does about this many vector operations.
@@ -112,14 +112,14 @@ def _product(extents: list[int]) -> int:
     return total
 
 
-def _tile(columns: int, channels: int, target: Target) -> tuple[int, int]:
-    """Columns and channels of the register tile: the one with most operations per load whose accumulators leave
-    a quarter of the registers free."""
+def _tile(columns: int, channels: int, unit: int, target: Target) -> tuple[int, int]:
+    """Columns and channels, a multiple of ``unit``, of the register tile: the one with most operations per load whose
+    accumulators leave a quarter of the registers free."""
     budget = target.registers * 3 // 4
     tiles = [
-        (_largest_divisor(columns, c), lanes)
+        (_largest_divisor(columns, c), unit * lanes)
         for c in range(1, budget + 1)
-        for lanes in {_largest_divisor(channels, v * target.lanes) for v in (1, 2, 4)}
+        for lanes in {_largest_divisor(channels // unit, max(1, v * target.lanes // unit)) for v in (1, 2, 4)}
     ]
     vectors = {lanes: -(-lanes // target.lanes) for _, lanes in tiles}
     fitting = [t for t in tiles if t[0] * vectors[t[1]] <= budget]
@@ -131,12 +131,13 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     writer = consumers[0] if consumers else sch.cache_write(main, 0, "global")
     packs = _packs(sch, writer)
     unit = WORD_BITS if packs else 1  # so many channels make one step of the writer's last loop
+    whole = WORD_BITS if packs or sch.get(main).name_hint == bitweight_conv2d.BLOCK else 1  # and so many stay together
     work = _product(_extents(sch, sch.get_loops(main))) // target.lanes
 
     *outer, channel = sch.get_loops(writer)
     *extents, words = _extents(sch, [*outer, channel])
-    wide, lanes = _tile(next((e for e in reversed(extents) if e > 1), 1), words * unit, target)
-    inner = [_inner_channels(sch, channel, target, unit, lanes, sample)]
+    wide, lanes = _tile(next((e for e in reversed(extents) if e > 1), 1), words * unit, whole, target)
+    inner = [_inner_channels(sch, channel, target, unit, whole, lanes, sample)]
     for axis, limit, size in zip(_last_axes(extents), (16, 4), (wide, 1), strict=False):
         factors = sch.sample_perfect_tile(outer[axis], 2, limit) if sample else [None, size]
         outer[axis], inside = sch.split(outer[axis], factors)
@@ -196,13 +197,13 @@ def _last_axes(extents: list[int]) -> list[int]:
     return [i for i in reversed(range(len(extents))) if extents[i] > 1][:2]
 
 
-def _inner_channels(sch: Any, channel: Any, target: Target, unit: int, lanes: int, sample: bool) -> Any:
-    """The extent of the writer's inner channel loop, by the rule or drawn from whole vectors."""
+def _inner_channels(sch: Any, channel: Any, target: Target, unit: int, whole: int, lanes: int, sample: bool) -> Any:
+    """The extent of the writer's inner channel loop, by the rule or drawn from whole vectors and words."""
     steps = int(sch.get(channel).extent)
     if not sample:
         return max(1, lanes // unit)
     sizes = {_largest_divisor(steps, max(1, v * target.lanes // unit)) for v in (1, 2, 4, 8)}
-    sizes = {size for size in sizes if size * unit % target.lanes == 0} or sizes
+    sizes = {size for size in sizes if size * unit % max(target.lanes, whole) == 0} or {lanes // unit}
     return sch.sample_categorical(sorted(sizes), [1 / len(sizes)] * len(sizes))
 
 
