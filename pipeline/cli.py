@@ -48,6 +48,7 @@ def train(
     data: Annotated[Path | None, typer.Option(help="The data set, for recipes that need one.")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="Override a field: quantize.group=1 (repeatable).")] = [],  # noqa: B006
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in the folder.")] = False,
+    start: Annotated[Path | None, typer.Option(help="Fine-tune this run: its network, the recipe's training.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train a network.
@@ -59,6 +60,7 @@ def train(
     from pipeline import train as training
 
     chosen = recipes.load(recipe)
+    chosen = chosen if start is None else training.start_recipe(chosen, start)
     tables = chosen.model_dump()
     for assignment in set_:
         name, equals, value = assignment.partition("=")
@@ -68,11 +70,11 @@ def train(
         tables[section][field] = _toml_value(value)
     chosen = recipes.parse(tables, f"{recipe} with {' '.join(set_)}") if set_ else chosen
     dataset = datasets.load(chosen.data.name, data)
-    result = training.train(chosen, dataset, folder, resume)
+    result = training.train(chosen, dataset, folder, resume, start)
     summary = {
         "name": folder.name,
         "model": chosen.model.name,
-        "method": chosen.quantize.label if chosen.model.quantize else "float",
+        "method": chosen.label,
         "data": dataset.name,
         "accuracy": result.last,
         "best_accuracy": result.best,
@@ -350,6 +352,173 @@ def methods(as_json: Json = False) -> None:
         return
     rows = [(m.title, f"{m.weight} {m.activation}", m.bits, m.operations, m.formula, m.source) for m in found.values()]
     _table("methods", ("method", "quantisers", "bits", "operations", "formula", "source"), rows)
+
+
+@app.command()
+def similarity(
+    source: Annotated[Path, typer.Argument(help="A training folder, a checkpoint or an ONNX file, filter-wise.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw scales and prices to this PNG file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how alike the scales of each layer's filters are, and what sharing them costs.
+
+    Example: crossbit similarity runs/m1
+    """
+    from pipeline import convert as converting
+
+    layers = converting.layers(source)
+    if plot is not None:
+        from pipeline import plots
+
+        plots.similarity(plot, layers)
+    if as_json:
+        _print_json([layer.summary() for layer in layers])
+        return
+    shown = (2, 4, 8, 16, 32)
+    rows = [
+        (
+            layer.name,
+            str(len(layer.scales)),
+            f"{layer.spread:.1%}",
+            *(f"{layer.relative_price(m):.2%}" for m in (*shown, len(layer.scales))),
+        )
+        for layer in layers
+    ]
+    columns = ("layer", "filters", "spread", *(f"M = {m}" for m in shown), "all")
+    _table(f"{source}: price of sharing, of the weights' energy", columns, rows, right=tuple(range(1, len(columns))))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A training folder, a checkpoint or an ONNX file, filter-wise.")],
+    result: Annotated[Path, typer.Option("--output", "-o", help="A training folder, or an ONNX file, as the source.")],
+    group: Annotated[int | None, typer.Option(min=1, help="M, filters per scale, in every layer.")] = None,
+    budget: Annotated[float | None, typer.Option(help="The largest M per layer whose price is at most this.")] = None,
+    activation: Annotated[str | None, typer.Option(help="Of a float network; default: its recipe's.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw scales, prices and the chosen M to this PNG file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a trained network cross-filter: the bits stay, M neighbours share the mean of their scales.
+
+    Fine-tune a converted training folder with `crossbit train RECIPE --start`.
+
+    Example: crossbit convert runs/m1 -o runs/m1-shared --budget 0.02
+    """
+    from pipeline import convert as converting
+    from pipeline import similarity as alike
+
+    layers = converting.layers(source, activation)
+    groups = alike.pick(layers, group, budget)
+    converting.convert(source, result, groups, activation)
+    if plot is not None:
+        from pipeline import plots
+
+        plots.similarity(plot, layers, groups)
+    if as_json:
+        _print_json([{**layer.summary(), "group": groups[layer.name]} for layer in layers])
+        return
+    rows = [
+        (
+            layer.name,
+            str(len(layer.scales)),
+            str(groups[layer.name]),
+            str(len(layer.shared(groups[layer.name]))),
+            f"{layer.relative_price(groups[layer.name]):.2%}",
+        )
+        for layer in layers
+    ]
+    columns = ("layer", "filters", "M", "scales", "price")
+    _table(f"{source}: price in the weights' energy", columns, rows, right=(1, 2, 3, 4))
+    _say("converted", str(result))
+
+
+@app.command()
+def cost(
+    channels: Annotated[int, typer.Option(min=1, help="Input channels of the layer; its filters do not matter.")] = 256,
+    kernel: Annotated[int, typer.Option(min=1, help="Side of the square kernel.")] = 3,
+    word: Annotated[int, typer.Option(min=1, help="L, binary operations at once: 64, or 512 for AVX-512.")] = 64,
+    group: Annotated[int, typer.Option(min=1, help="M, neighbouring filters that share a scale.")] = 16,
+    measure: Annotated[bool, typer.Option(help="Also time XNOR and float convolutions here, about a minute.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the speed-up over channels to this PNG file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the papers' cost model of one layer: the speed-up of cross-filter compression and of every other method.
+
+    Example: crossbit cost --channels 256 --kernel 3 --word 64 --group 16
+    """
+    from pipeline import cost as model
+
+    summary: dict[str, Any] = {
+        "channels": channels,
+        "kernel": kernel,
+        "word": word,
+        "group": group,
+        "gamma": model.GAMMA,
+        "speedup": model.speedup(channels, kernel, word, group),
+        "speedup_filterwise": model.speedup(channels, kernel, word),
+        "boundary": model.boundary(word, group),
+        "memory_ratio": model.memory_ratio(channels, kernel, group),
+        "multiplications_per_output": {"model": 1 / group, "exact": model.multiplications(group, 1, group) / group},
+        "methods": [dataclasses.asdict(row) for row in model.table(channels, kernel, word, group)],
+    }
+    points = []
+    if measure:
+        from pipeline import cost_measured
+
+        with _progress("timing") as advance:
+            points = cost_measured.measure(
+                sorted({64, 128, 256, channels}),
+                kernel,
+                sorted({1, group}),
+                on_round=lambda done, total: advance(done, total, "rounds"),
+            )
+        summary |= {"cpu": targets.cpu_name(), "measured": [dataclasses.asdict(p) for p in points]}
+    if plot is not None:
+        from pipeline import plots
+
+        plots.speedups(plot, word, group, points, targets.cpu_name())
+    if as_json:
+        _print_json(summary)
+        return
+    rows = [
+        (
+            row["method"],
+            f"{row['macs']:g}",
+            f"{row['additions']:g}",
+            f"{row['binary_operations']:g}",
+            f"{row['speedup']:.2f} x" if row["computed"] else f"~{row['speedup']:g} x",
+            row["published"],
+        )
+        for row in summary["methods"]
+    ]
+    title = f"model: operations counted, nothing timed; {channels} channels, {kernel}x{kernel}, L = {word}"
+    columns = ("method", "MACs", "additions", "binary a weight", "speed-up", "papers print (recalled)")
+    _table(title, columns, rows, right=(1, 2, 3, 4))
+    out.print(
+        f"eq 17, the paper's speed-up: {summary['speedup']:.2f} x at M = {group}, "
+        f"{summary['speedup_filterwise']:.2f} x at M = 1\n"
+        f"weights {summary['memory_ratio']:.2f} x smaller; one 5x5 layer beats two 3x3 up to "
+        f"{summary['boundary']:.2f} channels\n"
+        f"the model charges 1/{group} multiplication an output; a scaled float output takes 1, for any M",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if points:
+        measured = [
+            (
+                str(p.channels),
+                str(p.group),
+                f"{p.float_us:.1f}",
+                f"{p.onnxruntime_us:.1f}",
+                f"{p.binary_us:.1f}",
+                f"{p.speedup:.2f} x",
+                f"{p.onnxruntime_us / p.binary_us:.2f} x",
+            )
+            for p in points
+        ]
+        title = f"measured, not modelled: {targets.cpu_name()}, 1 thread, {kernel}x{kernel} at 14x14"
+        heads = ("channels", "M", "float us", "ONNX Runtime us", "XNOR us", "over float", "over ONNX Runtime")
+        _table(title, heads, measured, right=tuple(range(7)))
 
 
 # Output ----------------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from google.protobuf.message import DecodeError
 from tvm_ops import opset
 
 
-def read(path: Path, batch: int) -> ir.Model:
-    """The model of an ONNX file, for ``batch`` examples: our operators kept, other functions inlined.
+def load(path: Path) -> onnx.ModelProto:
+    """The ONNX file as it is.
 
     Raises:
-        ValueError: missing file, not ONNX, an unknown version of our domain, or a shape that stays open.
+        ValueError: missing file, not ONNX, or an unknown version of our domain.
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
@@ -29,6 +29,16 @@ def read(path: Path, batch: int) -> ir.Model:
     version = next((o.version for o in proto.opset_import if o.domain == opset.DOMAIN), opset.VERSION)
     if version != opset.VERSION:
         raise ValueError(f"{path}: {opset.DOMAIN} version {version}; this crossbit reads version {opset.VERSION}")
+    return proto
+
+
+def read(path: Path, batch: int) -> ir.Model:
+    """The model of an ONNX file, for ``batch`` examples: our operators kept, other functions inlined.
+
+    Raises:
+        ValueError: as `load`, or a shape that stays open.
+    """
+    proto = load(path)
     proto = onnx.inliner.inline_selected_functions(proto, [(opset.DOMAIN, name) for name in opset.FUNCTIONS], True)
     initializers = {i.name for i in proto.graph.initializer}
     for graph_input in proto.graph.input:

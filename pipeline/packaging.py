@@ -88,7 +88,7 @@ def oracle(model: bytes | Path) -> ort.InferenceSession:
     return _session(model, options, threads=1)
 
 
-def onnxruntime(model: Path, threads: int) -> ort.InferenceSession:
+def onnxruntime(model: bytes | Path, threads: int) -> ort.InferenceSession:
     """ONNX Runtime as fast as it goes, with ``threads`` threads."""
     return _session(model, ort.SessionOptions(), threads)
 

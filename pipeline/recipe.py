@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
@@ -81,19 +82,42 @@ else:
 
 
 class Recipe(_Section):
-    """A recipe; `parse` and `load` make one."""
+    """A recipe; `parse` and `load` make one.
+
+    ``[groups]`` is M of single layers by their name in the network, instead of ``quantize.group``; `crossbit convert`
+    writes it.
+    """
 
     model: _AnyModel
     quantize: Quantize = Quantize()
+    groups: dict[str, PositiveInt] = {}
     train: Train
     data: Data
 
+    @property
+    def label(self) -> str:
+        """Bits of weights and activations, and M: '1w1a/16', or '1w1a/mixed' where layers differ; 'float'."""
+        if not self.model.quantize:
+            return "float"
+        return replace(self.quantize, group=1).label + "/mixed" if self.groups else self.quantize.label
+
     def build(self, image_shape: ImageShape, classes: int) -> nn.Module:
-        """The network, newly initialised."""
+        """The network, newly initialised.
+
+        Raises:
+            ValueError: ``groups`` names what is no layer whose filters may share a scale.
+        """
         options = self.model.model_dump(exclude={"name", "quantize"})
-        return models.build(
+        network = models.build(
             self.model.name, image_shape, classes, self.quantize if self.model.quantize else None, **options
         )
+        layers = dict(network.named_modules())
+        for name, group in self.groups.items():
+            quantizer: Any = getattr(layers.get(name), "weight_quantizer", None)
+            if not hasattr(quantizer, "group"):
+                raise ValueError(f"groups.{name}: the network has no such layer with scales to share, leave it out")
+            quantizer.group = group
+        return network
 
 
 def names() -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline import inspection
+from pipeline import inspection, plots
 from pipeline.artifact import MANIFEST, Manifest
 from pipeline.bench import Bench, Measurement
 
@@ -93,10 +93,7 @@ def _axes(title: str, label: str, size: tuple[float, float] = (6.0, 3.0)) -> tup
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel(label, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
+    plots.dress(axes, title, label)
     return figure, axes
 
 

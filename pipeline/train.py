@@ -6,6 +6,7 @@ in the same bits as an uninterrupted one.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -84,8 +85,7 @@ def load(path: Path) -> Trained:
     Raises:
         ValueError: there is none.
     """
-    path = Path(path)
-    state = _read(path / _CHECKPOINT if path.is_dir() else path)
+    state = _read(_file(path))
     recipe, image_shape = recipes.parse(state["recipe"], str(path)), tuple(state["image_shape"])
     model = recipe.build(image_shape, len(state["classes"]))
     model.load_state_dict(state["model"])
@@ -102,15 +102,35 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (torch.cat(guesses) == labels).double().mean().item()
 
 
-def train(recipe: Recipe, dataset: Dataset, out: Path, resume: bool = False) -> Result:
+def start_recipe(recipe: Recipe, start: Path) -> Recipe:
+    """``recipe`` for fine-tuning the checkpoint ``start``, whose network and quantisation it takes."""
+    own = load(start).recipe
+    return recipe.model_copy(update={name: getattr(own, name) for name in ("model", "quantize", "groups")})
+
+
+def write(trained: Trained, out: Path) -> None:
+    """Write ``out/checkpoint.pt`` for `load` and ``start``: weights, and no state of an optimiser to resume with.
+
+    Raises:
+        ValueError: there is one.
+    """
+    file = Path(out) / _CHECKPOINT
+    if file.exists():
+        raise ValueError(f"{file} exists: give another folder")
+    _write(file, trained)
+
+
+def train(recipe: Recipe, dataset: Dataset, out: Path, resume: bool = False, start: Path | None = None) -> Result:
     """Train the recipe's network and write ``out/checkpoint.pt`` after every epoch.
+
+    With ``start``, begin from that checkpoint's weights, with epochs and optimiser afresh: fine-tuning.
 
     Under ``torchrun`` each process takes its share of every batch and normalises over that; process 0 tests, writes and
     prints. On a machine with CUDA that is where it runs.
 
     Raises:
-        ValueError: ``out`` holds a run and ``resume`` is off, holds none or another recipe's and it is on, or the
-            batch cannot be split over the processes.
+        ValueError: ``out`` holds a run and ``resume`` is off, holds none or another recipe's or start's and it is on,
+            the weights of ``start`` do not fit, or the batch cannot be split over the processes.
         FloatingPointError: the loss is no longer finite.
     """
     file = Path(out) / _CHECKPOINT
@@ -119,8 +139,16 @@ def train(recipe: Recipe, dataset: Dataset, out: Path, resume: bool = False) -> 
     state = _read(file) if resume else None
     if state is not None and state["recipe"] != recipe.model_dump(mode="json"):
         raise ValueError(f"{file} is a run of another recipe: give the one that it was started with")
+    if state is not None and state["optimizer"] is None:
+        raise ValueError(f"{file} holds weights and no run to go on with: give it to --start")
+    weights = None if start is None else _read(_file(start))["model"]
+    origin = None if weights is None else _digest(weights)
+    if state is not None and state["start"] != origin:
+        raise ValueError(f"{file} is a run of other first weights: give --start as when it was started")
     with _processes() as (rank, world):
-        run = _Run(recipe, dataset, rank, world)
+        run = _Run(recipe, dataset, rank, world, origin)
+        if start is not None and weights is not None:
+            run.begin_from(weights, start)
         if state is not None:
             run.restore(state)
         console = Console(stderr=True, quiet=rank > 0, highlight=False, soft_wrap=True)
@@ -141,6 +169,33 @@ def train(recipe: Recipe, dataset: Dataset, out: Path, resume: bool = False) -> 
             console.print(f"stopped: {file} holds the last whole epoch, the same command with --resume goes on from it")
             raise
         return Result(tuple(run.history))
+
+
+def _write(file: Path, trained: Trained, optimizer: dict[str, Any] | None = None, start: str | None = None) -> None:
+    """Write the checkpoint whole or not at all; ``start`` is the digest of the weights that it began with."""
+    state = {
+        "recipe": trained.recipe.model_dump(mode="json"),
+        "image_shape": list(trained.image_shape),
+        "classes": list(trained.classes),
+        "history": [asdict(epoch) for epoch in trained.history],
+        "model": trained.model.state_dict(),
+        "optimizer": optimizer,
+        "start": start,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _file(path: Path) -> Path:
+    return Path(path) / _CHECKPOINT if Path(path).is_dir() else Path(path)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -171,9 +226,9 @@ def _optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
     """Weight decay acts on float convolution and dense weights alone.
 
     Batch norm, biases and learned scales are spared as usual. So are latent weights: decay never changes sign(W), it
-    only shrinks |W|, the distance to the next flip, until bits flip at random (Helwegen et al., 2019: latent weights are
-    inertia; Liu et al., ReActNet, 2020, trains binary weights without decay), and the next BN undoes the smaller scale
-    mean |W|.
+    only shrinks |W|, the distance to the next flip, until bits flip at random (Helwegen et al., 2019: latent weights
+    are inertia; Liu et al., ReActNet, 2020, trains binary weights without decay), and the next BN undoes the smaller
+    scale mean |W|.
     """
     latent = {id(layer.weight) for layer in model.modules() if isinstance(layer, QuantConv2d | QuantLinear)}
     latent |= {
@@ -198,10 +253,10 @@ def _lr(settings: Train, epochs: float) -> float:
 class _Run:
     """The state of a run in one process: what a checkpoint holds, and an epoch of it."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, rank: int, world: int) -> None:
+    def __init__(self, recipe: Recipe, dataset: Dataset, rank: int, world: int, start: str | None = None) -> None:
         if recipe.train.batch % world:
             raise ValueError(f"batch = {recipe.train.batch} cannot be split over {world} processes: give a multiple")
-        self.recipe, self.dataset, self.rank, self.world = recipe, dataset, rank, world
+        self.recipe, self.dataset, self.rank, self.world, self.start = recipe, dataset, rank, world, start
         # an incomplete last batch is left to another epoch's order: one image alone has no batch statistics
         self.steps = max(1, len(dataset.train.labels) // recipe.train.batch)
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
@@ -211,20 +266,22 @@ class _Run:
         self.history: list[Epoch] = []
 
     def save(self, file: Path) -> None:
-        """Write the checkpoint whole or not at all."""
-        if self.rank > 0:
-            return
-        state = {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "image_shape": list(self.dataset.image_shape),
-            "classes": list(self.dataset.classes),
-            "history": [asdict(epoch) for epoch in self.history],
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, file.with_suffix(".part"))
-        file.with_suffix(".part").replace(file)
+        """Write the checkpoint."""
+        if self.rank == 0:
+            shape, classes = self.dataset.image_shape, self.dataset.classes
+            trained = Trained(self.model, self.recipe, tuple(self.history), shape, classes)
+            _write(file, trained, self.optimizer.state_dict(), self.start)
+
+    def begin_from(self, weights: dict[str, Tensor], where: Path) -> None:
+        """Take the weights of another network of the same tensors."""
+        own = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        given = {name: tensor.shape for name, tensor in weights.items()}
+        if different := sorted(name for name in own | given if own.get(name) != given.get(name)):
+            raise ValueError(
+                f"{where}: {len(different)} of its tensors do not fit the recipe's network, the first is "
+                f"'{different[0]}': start from a network of the same layers, or make one with `crossbit convert`"
+            )
+        self.model.load_state_dict(weights)
 
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ from rich.console import Console
 from test_artifact import change, flipped, rehash
 
 import targets
-from pipeline import artifact, cli, quantizers, session
+from pipeline import artifact, cli, cost_measured, quantizers, session
 from pipeline.session import Session
 
 
@@ -144,6 +145,71 @@ def test_methods(crossbit: Crossbit) -> None:
     assert {"1w1a", "1w2a", "1w32a", "2w32a"} == {method["bits"] for method in listed.json}
     table = crossbit("methods").out
     assert all(method["source"] in table for method in listed.json)
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_cost(crossbit: Crossbit, tmp_path: Path) -> None:
+    layer = ("cost", "--channels", 256, "--kernel", 1, "--word", 512, "--group", 16)
+    shown = crossbit(*layer, "--json", "--plot", tmp_path / "model.png")
+    assert (shown.code, shown.err) == (0, "")
+    rounded = {name: round(shown.json[name], 2) for name in ("speedup", "speedup_filterwise", "boundary")}
+    assert rounded == {"speedup": 789.44, "speedup_filterwise": 202.89, "boundary": 8.73}
+    assert round(shown.json["memory_ratio"], 2) == 31.75
+    assert "measured" not in shown.json
+    assert (tmp_path / "model.png").read_bytes().startswith(PNG)
+    table = crossbit(*layer).out
+    assert "789.44 x at M = 16, 202.89 x at M = 1" in table
+    assert "operations counted, nothing timed" in table
+    assert all(row["method"] in table for row in shown.json["methods"])
+
+
+def test_cost_beside_measurements(crossbit: Crossbit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [cost_measured.Point(c, 3, m, 50.0 * c, 25.0 * c, 10.0 * c, 5.0) for c in (64, 128) for m in (1, 4)]
+    monkeypatch.setattr(cost_measured, "measure", lambda *_, **__: points)
+    options = ("cost", "--group", 4, "--measure", "--plot", tmp_path / "both.png")
+    shown = crossbit(*options, "--json")
+    assert shown.json["measured"] == [dataclasses.asdict(point) for point in points]
+    assert shown.json["cpu"] == targets.cpu_name()
+    assert (tmp_path / "both.png").read_bytes().startswith(PNG)
+    table = crossbit(*options).out
+    assert "measured, not modelled" in table
+    assert "6400.0" in table
+
+
+def test_similarity_and_conversion(crossbit: Crossbit, tmp_path: Path) -> None:
+    run, shared, tuned = tmp_path / "run", tmp_path / "shared", tmp_path / "tuned"
+    settings = ("--set", "train.epochs=1", "--set", "model.widths=[8, 12, 20]", "--set", "quantize.group=1")
+    assert crossbit("train", "digits", "-o", run, *settings).code == 0
+
+    found = crossbit("similarity", run, "--json", "--plot", tmp_path / "scales.png")
+    assert (found.code, found.err) == (0, "")
+    assert [(layer["name"], layer["filters"]) for layer in found.json] == [("2", 12), ("5", 20)]
+    assert list(found.json[0]["relative_price"]) == ["1", "2", "4", "8", "12"]
+    assert (tmp_path / "scales.png").read_bytes().startswith(PNG)
+    table = crossbit("similarity", run).out
+    assert f"{found.json[1]['relative_price']['20']:.2%}" in table
+
+    budget = found.json[0]["relative_price"]["4"]
+    converted = crossbit("convert", run, "-o", shared, "--budget", budget, "--plot", tmp_path / "chosen.png", "--json")
+    assert (converted.code, converted.err) == (0, "")
+    picked = {layer["name"]: layer["group"] for layer in converted.json}
+    assert picked["2"] == max(int(m) for m, price in found.json[0]["relative_price"].items() if price <= budget)
+    assert (tmp_path / "chosen.png").read_bytes().startswith(PNG)
+    again = crossbit("convert", run, "-o", shared, "--group", 2)
+    assert (again.code, "exists: give another" in again.err) == (2, True)
+
+    trained = crossbit("train", "digits", "-o", tuned, "--start", shared, "--set", "train.epochs=1", "--json")
+    assert trained.code == 0
+    assert (trained.json["method"], len(trained.json["epochs"])) == ("1w1a/mixed", 1)
+    assert crossbit("export", tuned).code == 0
+
+    assert crossbit("export", run).code == 0
+    written = crossbit("convert", run / "model.onnx", "-o", tmp_path / "shared.onnx", "--group", 4)
+    assert f"converted {tmp_path / 'shared.onnx'}" in written.out
+    refused = crossbit("similarity", tmp_path / "shared.onnx")
+    assert (refused.code, "layer '2' has one scale for 4 filters and not those of each" in refused.err) == (2, True)
 
 
 def test_verify(crossbit: Crossbit, small_artifact: Path) -> None:
