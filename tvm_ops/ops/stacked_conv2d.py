@@ -96,6 +96,18 @@ def split(x: Any, channels: int, segments: int) -> Any:
     return te.compute((segments, n, h, w, planes, own), word, name="split")
 
 
+def join(parts: Any) -> Any:
+    """The segments of `split` behind each other: uint32 [N, H, W, P, S ceil(D / 32)]."""
+    from tvm import te, tirx
+
+    segments, n, h, w, planes, own = (int(extent) for extent in parts.shape)
+
+    def word(n: Any, h: Any, w: Any, p: Any, k: Any) -> Any:
+        return parts[tirx.floordiv(k, own), n, h, w, p, tirx.floormod(k, own)]
+
+    return te.compute((n, h, w, planes, segments * own), word, name="joined")
+
+
 def expand(stack: Stack, bank: Any, stream: Any, flip: Any) -> Any:
     """The words of all filters: uint32 [KH, KW, 1, S ceil(D / 32), filters].
 
