@@ -241,7 +241,8 @@ class BitStackedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         codes = x if self.activation.code is None else _codes(x, self.activation)
-        parts = codes.split(self.shape[1], dim=1) if self.per_segment else [codes]
+        d = self.shape[1]  # slices, because ONNX's Split has several outputs
+        parts = [codes[:, j * d : (j + 1) * d] for j in range(self.segments)] if self.per_segment else [codes]
         y = self._scaled(0, parts[0])
         for j, part in enumerate(parts[1:], 1):
             y = y + self._scaled(j, part)

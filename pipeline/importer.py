@@ -462,12 +462,17 @@ def _concat(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     return Channelwise(Real(e, out, _logical_shape(out)))
 
 
-def _slice(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
+def _slice(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     x, starts, ends, axes, steps = [*inputs, None, None][:5]
+    if isinstance(x, Codes):  # taking elements and taking their codes commute
+        return x.like(_as_channelwise(_slice(e, [x.of, *inputs[1:]], a), e))
     rank, count = len(x.shape), starts.array.size
     along = list(range(count)) if axes is None else [int(i) % rank for i in axes.array]
     by = [1] * count if steps is None else [int(i) for i in steps.array]
-    spans = [range(x.shape[i])[slice(int(a), int(b), s)] for i, a, b, s in zip(along, starts.array, ends.array, by, strict=True)]
+    spans = [
+        range(x.shape[axis])[slice(int(start), int(end), step)]
+        for axis, start, end, step in zip(along, starts.array, ends.array, by, strict=True)
+    ]
     if min(by) < 1 or any(len(span) == 0 for span in spans):
         raise ValueError(f"a slice with steps {by} of an axis, or of nothing, is not supported: use positive steps")
     out = relax.op.strided_slice(
