@@ -209,11 +209,12 @@ print(len(result.history))
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stacked", ["", "[quantize.stacked]\nsegments = 4\nbank_ratio = 2\nwarmup = 1\n"])
+def test_two_processes(stacked: str, tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text(PARALLEL)
     (tmp_path / "toy.toml").write_text(
         "[model]\nname = 'vgg_small'\nwidths = [16, 32]\npool_after = [0]\n[quantize]\ngroup = 4\n"
-        "[train]\nepochs = 2\nbatch = 64\nlr = 0.01\n[data]\nname = 'digits'\n"
+        f"{stacked}[train]\nepochs = 2\nbatch = 64\nlr = 0.01\n[data]\nname = 'digits'\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(tmp_path / "main.py"), str(tmp_path / "toy.toml"), str(tmp_path / "out")]
