@@ -171,9 +171,9 @@ def _optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
     """Weight decay acts on float convolution and dense weights alone.
 
     Batch norm, biases and learned scales are spared as usual. So are latent weights: decay never changes sign(W), it
-    only shrinks |W|, the distance to the next flip, until bits flip at random (Helwegen et al., 2019: latent weights are
-    inertia; Liu et al., ReActNet, 2020, trains binary weights without decay), and the next BN undoes the smaller scale
-    mean |W|.
+    only shrinks |W|, the distance to the next flip, until bits flip at random (Helwegen et al., 2019: latent weights
+    are inertia; Liu et al., ReActNet, 2020, trains binary weights without decay), and the next BN undoes the smaller
+    scale mean |W|.
     """
     latent = {id(layer.weight) for layer in model.modules() if isinstance(layer, QuantConv2d | QuantLinear)}
     latent |= {

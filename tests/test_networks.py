@@ -88,7 +88,7 @@ def test_resnet_blocks(rng: np.random.Generator, tmp_path: Path) -> None:
     )
     x = dyadic(rng, (1, 3, 8, 8))
     assert_identical(dyadic_floats(body, rng), x, tmp_path)
-    tail = Block(16, 32, 2, Quantize()), nn.BatchNorm2d(32), nn.ReLU(), GlobalAverage(), nn.Linear(32, 10)
+    tail = Block(16, 32, 2, Quantize(group=16)), nn.BatchNorm2d(32), nn.ReLU(), GlobalAverage(), nn.Linear(32, 10)
     assert_close(list(outputs(nn.Sequential(body, randomise(nn.Sequential(*tail), rng)).eval(), x, tmp_path)))
 
 

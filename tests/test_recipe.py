@@ -47,6 +47,16 @@ def test_a_file(file: Path) -> None:
     assert layer.weight_quantizer.group == 4
 
 
+def test_options_of_quantisers(file: Path) -> None:
+    options = "weight = 'dorefa'\nactivation = 'dorefa'\nweight_options = {bits = 2}\nactivation_options = {bits = 3}"
+    file.write_text(GOOD.replace("group = 4", options))
+    read = recipe.load(file)
+    assert read.quantize.label == "2w3a"
+    assert recipe.parse(read.model_dump(mode="json"), "checkpoint") == read
+    layer = next(layer for layer in read.build((1, 8, 8), 10).modules() if isinstance(layer, QuantConv2d))
+    assert (layer.weight_quantizer.bits, layer.activation_quantizer.bits) == (2, 3)
+
+
 def test_the_float_twin(file: Path) -> None:
     file.write_text(GOOD.replace("widths", "quantize = false\nwidths"))
     assert not any(isinstance(layer, QuantConv2d) for layer in recipe.load(file).build((1, 8, 8), 10).modules())
@@ -63,10 +73,26 @@ def test_the_float_twin(file: Path) -> None:
         ("epochs = 3", "epochs = 3\nschedule = 'step'", "train: milestones belong to schedule = 'step'"),
         ("group = 4", "group = 0", "quantize: group = 0: a scale is shared"),
         ("group = 4", "groups = 4", "quantize.groups does not exist: choose from weight, activation, group"),
-        ("group = 4", "weight = 'sign'", "quantize: 'sign' quantises activations"),
-        ("group = 4", "gradient = 'none'", "quantize.gradient = 'none': should be 'published' or 'exact'"),
-        ("vgg_small", "vgg16", "model.name = 'vgg16': choose one of nin, resnet18"),
-        ('name = "vgg_small"', "", "model.name is missing: give one of nin"),
+        ("group = 4", "weight = 'xnor'", "quantize: there is no weight quantiser 'xnor': choose one of bc, binarynet"),
+        ("group = 4", "weight_options = {gradient = 'none'}", "quantize: gradient = 'none': choose 'published' or"),
+        (
+            "group = 4",
+            "weight_options = {bits = 2}",
+            "quantize: weight 'bwn' has no option 'bits': choose from gradient",
+        ),
+        (
+            "group = 4",
+            "activation_options = {bits = 2}",
+            "quantize: activation 'xnor' has no option 'bits': it has none",
+        ),
+        ("group = 4", "weight_options = 2", "quantize.weight_options = 2: should be a valid dictionary"),
+        (
+            "group = 4",
+            "weight = 'ttq'\ngroup = 4",
+            "quantize: group = 4: weight 'ttq' has no scale per filter to share",
+        ),
+        ("vgg_small", "lenet", "model.name = 'lenet': choose one of alexnet, nin, resnet18"),
+        ('name = "vgg_small"', "", "model.name is missing: give one of alexnet"),
         ("widths", "width", "model.width does not exist: choose from name, quantize, widths, pool_after"),
         ("[8, 16]", "[8, 'x']", "model.widths.1 = 'x': should be a valid integer"),
         ('name = "digits"', 'name = "mnist"', "data.name = 'mnist': should be 'digits', 'cifar10' or 'folder'"),

@@ -186,6 +186,26 @@ def test_decay_spares_latent_weights_norms_and_biases(seed: int) -> None:
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
 
 
+def test_learned_scales_are_trained_without_decay_and_stay_positive(tmp_path: Path, toy: Dataset, seed: int) -> None:
+    settings = recipe.parse(TOY | {"quantize": {"weight": "ttq"}}, "toy")
+    _, spared = train._optimizer(settings.build((1, 6, 6), 2), settings.train).param_groups
+    assert sum(p.numel() == 1 for p in spared["params"]) == 2
+    train.train(settings, toy, tmp_path)
+    scales = [p for name, p in train.load(tmp_path).model.named_parameters() if name.endswith(("positive", "negative"))]
+    assert all(scale > 0 and scale != 1 for scale in scales)
+    assert len(scales) == 2
+
+
+def test_a_penalty_joins_the_loss(tmp_path: Path, toy: Dataset, seed: int) -> None:
+    losses = []
+    for strength in (0.0, 1.0):
+        quantize = {"weight": "binarynet", "activation": "bnn", "weight_options": {"strength": strength}}
+        run = recipe.parse(TOY | {"quantize": quantize, "train": TOY["train"] | {"epochs": 1, "lr": 1e-9}}, "toy")
+        losses.append(train.train(run, toy, tmp_path / str(strength)).history[0].loss)
+        latent = next(m.weight for m in train.load(tmp_path / str(strength)).model if isinstance(m, QuantConv2d))
+    assert losses[1] - losses[0] == pytest.approx((1 - latent.square()).sum().item(), rel=1e-4)
+
+
 def test_learning_rates(seed: int) -> None:
     cosine = toy_recipe(seed, epochs=10, lr=0.2).train
     assert [train._lr(cosine, e) for e in (0, 5, 10)] == pytest.approx([0.2, 0.1, 0])
