@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline import data, recipe, train
 from pipeline.data import Dataset, Split
@@ -148,9 +149,9 @@ def test_every_epoch_has_its_own_order(
 ) -> None:
     step, seen = train._Run._step, []
 
-    def watched(run: train._Run, picked: torch.Tensor, lr: float) -> torch.Tensor:
+    def watched(run: train._Run, model: nn.Module, picked: torch.Tensor, lr: float) -> torch.Tensor:
         seen.append(picked)
-        return step(run, picked, lr)
+        return step(run, model, picked, lr)
 
     monkeypatch.setattr(train._Run, "_step", watched)
     train.train(toy_recipe(seed), toy, tmp_path)
