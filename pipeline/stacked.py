@@ -5,8 +5,8 @@ A filter of c channels is s segments of d = c / s channels, each one of m shared
     W^_t = [a_t1 B_z[t,1]; ...; a_ts B_z[t,s]]        z[t, j] = which filter, a = scale
     X * W^_t = sum_j a_tj F_j,z[t,j]                  F_jl = X_j * B_l: split, transform, merge
 
-Lan and Lan, Compressing deep CNNs by stacking low-dimensional binary convolution filters, arXiv 2010.02778. Its text
-leaves scales, warm-up and balance open: those follow the idea's parent, Yang et al., LegoNet, ICML 2019.
+Lan and Lan, Compressing deep CNNs by stacking low-dimensional binary convolution filters, arXiv 2010.02778. Scales,
+warm-up and balance follow the idea's parent, Yang et al., LegoNet, ICML 2019.
 """
 
 from __future__ import annotations
@@ -122,10 +122,11 @@ def from_dense(
 ) -> StackedWeight:
     """The stacked weight near ``weight`` [n, c, kh, kw], without data: coordinate descent on ||W - W^||^2.
 
-        z[t, j] = argmax_l a <W_tj, B_l>,   a: least squares, >= 0,   B_l = sign(sum_{z[t,j]=l} a_tj W_tj)
+        z[t, j] = argmax_l <W_tj, B_l>,   a: least squares, >= 0,   B_l = sign(sum_{z[t,j]=l} a_tj W_tj)
 
-    in turn, so the error never rises from one iteration to the next. A filter that none selects adds no error,
-    so it may become any other: the signs of the segment that gains most by it.
+    in turn (with scale 'bank' z is the argmin of ||W_tj - a_l B_l||), so the error never rises from one iteration to
+    the next. A filter that none selects adds no error, so it may become any other: the signs of the segment that gains
+    most by it.
     With scale 'none' the error is that of the best scale per filter: the batch norm behind has to learn it.
 
     Raises:

@@ -293,8 +293,8 @@ class _Run:
         began, number, settings = time.perf_counter(), len(self.history), self.recipe.train
         if self.recipe.quantize.stacked is not None:
             stacked.begin_epoch(self.model, number, self.recipe.quantize.stacked.warmup)
-        # made anew, as it takes note of the parameters that are trained when it is made
-        self.shared: nn.Module = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        # made anew, as it asks then which parameters are trained; and local, as it must not outlive the process group
+        shared: nn.Module = DistributedDataParallel(self.model) if self.world > 1 else self.model
         _seed(settings.seed, number)  # the order is common to the processes, the augmentation is not
         order = torch.randperm(len(self.dataset.train.labels))
         _seed(settings.seed, number, self.rank)
@@ -302,7 +302,7 @@ class _Run:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, hits
         for step in range(self.steps):
             picked = order[step * settings.batch : (step + 1) * settings.batch][self.rank :: self.world]
-            sums += self._step(picked, _lr(settings, number + step / self.steps))
+            sums += self._step(shared, picked, _lr(settings, number + step / self.steps))
             advance()
         if self.world > 1:
             dist.all_reduce(sums)
@@ -313,13 +313,13 @@ class _Run:
         self.history.append(Epoch(loss, accuracy, test, time.perf_counter() - began))
         return self.history[-1]
 
-    def _step(self, picked: Tensor, lr: float) -> Tensor:
+    def _step(self, shared: nn.Module, picked: Tensor, lr: float) -> Tensor:
         images, labels = self.dataset.train.images[picked], self.dataset.train.labels[picked].to(self.device)
         if self.recipe.train.augment == "crop_flip":
             images = crop_flip(images, self.recipe.train.pad)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        logits = self.shared(to_float(images.to(self.device)))
+        logits = shared(to_float(images.to(self.device)))
         loss = F.cross_entropy(logits, labels) + penalty(self.model)
         self.optimizer.zero_grad()
         loss.backward()

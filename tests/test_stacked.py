@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline import models, recipe, train
+from pipeline.data import Dataset, Split
+from pipeline.models import Quantize, Stacked
 from pipeline.stacked import Scale, StackedConv2d, StackedWeight, begin_epoch, constrain_, from_dense, ratio
 
 SCALES: tuple[Scale, ...] = ("none", "filter", "selection", "bank")
@@ -238,7 +242,7 @@ def test_bits_of_whole_networks(widths: list[int], segments: int, rho: int, rati
     """The 3x3 convolutions after the first, all others dense: without scales, per filter, per selection."""
     kinds: tuple[Scale, ...] = ("none", "filter", "selection")
     bits, dense = dict.fromkeys(kinds, 0), 0
-    for c, n in pairwise(widths):
+    for c, n in itertools.pairwise(widths):
         dense += 32 * 9 * n * c
         for kind in kinds:
             layer = StackedConv2d(c, n, 3, segments=segments, bank=-(-n // rho), scale=kind)
@@ -280,7 +284,7 @@ def test_data_free_start_never_gets_worse(
     records = [from_dense(weight, segments, bank, scale, group, iterations, seed) for iterations in range(9)]
     errors = [error(weight, record) for record in records]
     print(errors)
-    assert all(b <= a * (1 + 1e-6) for a, b in pairwise(errors))
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors))
     assert errors[-1] < errors[0] or bank > 72  # a filter for every segment is right from the start
     assert errors[-1] < (weight.double() ** 2).sum()
 
@@ -386,3 +390,80 @@ def test_digits_are_learnt(seed: int) -> None:
     assert losses[-1] < losses[0] / 2
     assert not torch.equal(selected[0], selected[1])
     assert torch.equal(selected[1], selected[3])
+
+
+# ---- networks and recipes ----
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_networks_stack_their_inner_convolutions(name: str) -> None:
+    side = 67 if name == "alexnet" else 32
+    plain, stacked = (
+        models.build(name, (3, side, side), 10, Quantize(group=4, stacked=choice)) for choice in (None, Stacked(4, 3))
+    )
+    kinds = [
+        [type(layer).__name__ for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear | StackedConv2d)]
+        for model in (plain, stacked)
+    ]
+    assert kinds[1] == [kind.replace("QuantConv2d", "StackedConv2d") for kind in kinds[0]]
+    layers = [layer for layer in stacked.modules() if isinstance(layer, StackedConv2d)]
+    assert layers
+    assert all(len(layer.bank) == math.ceil(layer.out_channels / 3) and layer.group == 4 for layer in layers)
+    assert stacked(torch.rand(2, 3, side, side)).isfinite().all()
+
+
+TOY: dict[str, Any] = {
+    "model": {"name": "vgg_small", "widths": [8, 12], "pool_after": [0]},
+    "quantize": {"stacked": {"segments": 2, "bank_ratio": 2, "scale": "selection", "warmup": 2}},
+    "train": {"epochs": 4, "batch": 8, "lr": 0.01, "weight_decay": 0.1},
+    "data": {"name": "digits"},
+}
+
+
+def test_a_run_resumed_behind_the_warm_up(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as in one go, the selection of the second epoch, and no decay of what is not a float weight."""
+    chosen = recipe.parse(TOY, "toy")
+    half = Split(torch.randint(0, 256, (16, 1, 6, 6), dtype=torch.uint8), torch.arange(16) % 2)
+    toy, epoch, selected = Dataset("toy", ("even", "odd"), half, half), train._Run.epoch, []
+
+    def recorded(run: train._Run, advance: Any) -> Any:
+        if len(run.history) == 3 and not resumed:
+            raise KeyboardInterrupt
+        done = epoch(run, advance)
+        selected.append(next(m for m in run.model.modules() if isinstance(m, StackedConv2d)).selection.detach().clone())
+        return done
+
+    monkeypatch.setattr(train._Run, "epoch", recorded)
+    resumed = True
+    train.train(chosen, toy, tmp_path / "whole")
+    assert not torch.equal(selected[0], selected[1])
+    assert torch.equal(selected[1], selected[2]) and torch.equal(selected[1], selected[3])
+    resumed = False
+    with pytest.raises(KeyboardInterrupt):
+        train.train(chosen, toy, tmp_path / "parts")
+    resumed = True
+    train.train(chosen, toy, tmp_path / "parts", resume=True)
+    whole, parts = (train.load(tmp_path / out).model.state_dict() for out in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    decayed, _ = train._optimizer(train.load(tmp_path / "whole").model, chosen.train).param_groups
+    assert [parameter.shape for parameter in decayed["params"]] == [(8, 1, 3, 3), (2, 12)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"segments": 2}, "quantize.stacked.bank_ratio is missing"),
+        ({"segments": 2, "bank_ratio": 0}, "bank_ratio = 0: a layer shares no more filters than it has"),
+        ({"segments": 2, "bank_ratio": 2, "rho": 2}, "quantize.stacked.rho does not exist: choose from segments"),
+        ({"segments": 2, "bank_ratio": 2, "scale": "layer"}, "quantize.stacked.scale = 'layer': should be 'none'"),
+    ],
+)
+def test_a_recipe_refuses(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        recipe.parse(TOY | {"quantize": {"stacked": settings}}, "toy")
+
+
+@pytest.mark.parametrize("option", [{"input_scale": True}, {"gradient_bits": 4}])
+def test_what_stacked_filters_do_not_know(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="know neither input_scale nor gradient_bits"):
+        Quantize(stacked=Stacked(2, 2), **option)
