@@ -43,10 +43,10 @@ class Layer(_Record):
     """One Conv, Gemm or MatMul of the ONNX file.
 
     Attributes:
-        method: '1w1a' (bits of weights and activations), with '/M' where M filters share a scale; or 'float'.
+        method: '1w1a' (bits of weights and activations, 32: real), with '/M' where M filters share a scale; or 'float'.
         bits_per_weight: of what is stored, scales included.
         stored_bytes: the weights as stored. float_bytes: the same weights in float32.
-        binary_macs, float_macs: multiply-accumulates for one example.
+        binary_macs, float_macs: multiply-accumulates of codes and of floats for one example; one a residual plane.
         why_float: a sentence, for float layers.
     """
 

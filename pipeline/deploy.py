@@ -17,8 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.layers import QuantConv2d, QuantLinear, pad, taps_first, unfold, window_mean
 from pipeline.quantizers import ActivationQuantizer, CodedWeight, ResidualQuantizer, sign
+from pipeline.stacked import StackedConv2d
 from tvm_ops import opset
 from tvm_ops.bitplanes import Code, encode, pack
+from tvm_ops.ops.stacked_conv2d import index_bits, pack_indices, unpack_indices
 
 
 def _symbolic(name: str, inputs: tuple[Tensor, ...], shape: tuple[int, ...], **attributes: int | list[int]) -> Tensor:
@@ -41,6 +43,12 @@ def _codes(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
 
 def _accumulator(x: Tensor) -> Tensor:
     return _symbolic("Accumulator", (x,), x.shape) if torch.onnx.is_in_onnx_export() else x.to(torch.int32).float()
+
+
+def _per_filter(scale: Tensor, group: int, filters: int) -> Tensor:
+    if torch.onnx.is_in_onnx_export():
+        return _symbolic("GroupScale", (scale,), (filters,), group=group, filters=filters)
+    return scale.repeat_interleave(group)[:filters]
 
 
 class PackedWeight(nn.Module):
@@ -80,10 +88,7 @@ class PackedWeight(nn.Module):
 
     def per_filter(self, scale: Tensor) -> Tensor:
         """A scale of groups for every filter, float32 [O]."""
-        filters = self.shape[0]
-        if torch.onnx.is_in_onnx_export():
-            return _symbolic("GroupScale", (scale,), (filters,), group=self.group, filters=filters)
-        return scale.repeat_interleave(self.group)[:filters]
+        return _per_filter(scale, self.group, self.shape[0])
 
 
 class _Deployed(nn.Module):
@@ -201,6 +206,67 @@ class BitLinear(_Deployed):
         return x.abs().mean(1, keepdim=True)
 
 
+class BitStackedConv2d(nn.Module):
+    """A deployed `StackedConv2d`: the bank, 1 bit an entry, and the indices into it, as few bits as tell its filters apart.
+
+        scale 'none', 'filter'        y = [scale_g *] sums
+        scale 'selection', 'bank'     y = sum_j a_tj * sums_tj, j the segment
+    """
+
+    words: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: StackedConv2d) -> None:
+        super().__init__()
+        weight = layer.encode()
+        filters, self.segments = weight.indices.shape
+        self.shape = (filters, *weight.bank.shape[1:])  # of the filters of one segment
+        self.activation, unit = copy.deepcopy(layer.activation_quantizer), layer.activation_quantizer.scale
+        self.stride, self.pads, self.dilation, self.bias = layer.stride, layer.pads, layer.dilation, layer.bias
+        self.bank = PackedWeight(CodedWeight(weight.bank, torch.ones(1), len(weight.bank)), 1.0)
+        self.bank_size, self.per_segment = len(weight.bank), weight.kind in ("selection", "bank")
+        whole = weight.indices.split(1, dim=1) if self.per_segment else [weight.indices]
+        for j, indices in enumerate(whole):
+            words = pack_indices(indices.cpu().numpy(), self.bank_size)
+            self.register_buffer(f"indices{j}", torch.from_numpy(words))
+            if self.per_segment:
+                scale, group = weight.scales()[:, j], 1
+            else:
+                scale, group = torch.ones(1) if weight.scale is None else weight.scale, weight.group
+                group = filters if weight.scale is None else group
+            self.register_buffer(f"scale{j}", (scale.double() * unit).float().contiguous())
+            self.group = group
+        if self.activation.code is not None:
+            _check_limit(layer, self.activation.code, CodedWeight(weight.signs(), torch.ones(1), filters))
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = x if self.activation.code is None else _codes(x, self.activation)
+        d = self.shape[1]  # slices, because ONNX's Split has several outputs
+        parts = [codes[:, j * d : (j + 1) * d] for j in range(self.segments)] if self.per_segment else [codes]
+        y = self._scaled(0, parts[0])
+        for j, part in enumerate(parts[1:], 1):
+            y = y + self._scaled(j, part)
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+
+    def _scaled(self, j: int, codes: Tensor) -> Tensor:
+        """The sums of index words ``j`` times their scale."""
+        sums = F.conv2d(pad(codes, self.pads), self._filters(j), None, self.stride, 0, self.dilation)
+        scale = _per_filter(self.get_buffer(f"scale{j}"), self.group, self.shape[0])
+        return (sums if self.activation.code is None else _accumulator(sums)) * scale.view(-1, 1, 1)
+
+    def _filters(self, j: int) -> Tensor:
+        bank, words, segments = self.bank.codes(), self.get_buffer(f"indices{j}"), 1 if self.per_segment else self.segments
+        filters, d, kh, kw = self.shape
+        if torch.onnx.is_in_onnx_export():
+            attributes = {"filters": filters, "segments": segments, "bits": index_bits(self.bank_size)}
+            shape = (filters, segments * d, kh * kw)
+            stacked = _symbolic("StackFilters", (bank.flatten(2), words), shape, **attributes)
+        else:
+            indices = unpack_indices(words.cpu().numpy(), filters * segments, index_bits(self.bank_size))
+            stacked = bank[torch.from_numpy(indices).to(bank.device)]
+        return stacked.reshape(filters, segments * d, kh, kw)
+
+
 class ChannelAffine(nn.Module):
     """A batch norm after training: x * scale + shift, rounded twice, per channel of [N, C] or [N, C, H, W]."""
 
@@ -226,6 +292,7 @@ class ChannelAffine(nn.Module):
 _DEPLOYED: dict[type[nn.Module], Callable[..., nn.Module]] = {
     QuantConv2d: BitConv2d,
     QuantLinear: BitLinear,
+    StackedConv2d: BitStackedConv2d,
     nn.BatchNorm1d: ChannelAffine,
     nn.BatchNorm2d: ChannelAffine,
     nn.Dropout: lambda _: nn.Identity(),

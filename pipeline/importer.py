@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,23 @@ from onnx.reference import ReferenceEvaluator
 from tvm import relax, te
 
 from pipeline import onnx_file
-from pipeline.values import Channelwise, Codes, Constant, Emitter, MaxPool, Real, RealSum, Signs, Sum, Value
+from pipeline.values import (
+    Channelwise,
+    Codes,
+    Constant,
+    Emitter,
+    MaxPool,
+    Real,
+    RealSum,
+    Signs,
+    Stacked,
+    StackedSum,
+    Sum,
+    Value,
+)
 from tvm_ops import opset
-from tvm_ops.bitplanes import TERNARY, Code, decode, odd, unpack, unsigned
-from tvm_ops.ops import bitweight_conv2d, quantize
+from tvm_ops.bitplanes import BINARY, TERNARY, Code, decode, odd, unpack, unsigned
+from tvm_ops.ops import bitweight_conv2d, quantize, stacked_conv2d
 from tvm_ops.ops.bitserial_conv2d import Geometry
 from tvm_ops.output_transform import Step, product
 
@@ -87,7 +101,8 @@ def _convert(node: ir.Node, emitter: Emitter, inputs: list[Any]) -> Value:
     known = [i for i in inputs if i is not None]
     try:
         if node.domain == "" and known and all(isinstance(i, Constant) for i in known):
-            return Constant(_evaluate(node, inputs))
+            array = _evaluate(node, inputs)
+            return _as_filters(inputs[0].stack, array) if isinstance(inputs[0], Stacked) else Constant(array)
         if key not in OPERATORS:
             raise ValueError(f"operator {key} is not supported; the supported ones are {', '.join(sorted(OPERATORS))}")
         return OPERATORS[key](emitter, inputs, attributes)
@@ -176,6 +191,13 @@ def _unpack_codes(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     return Constant(values.transpose(0, 2, 1).astype(np.float32))
 
 
+def _stack_filters(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
+    bank, filters, segments = inputs[0].array, int(a["filters"]), int(a["segments"])
+    indices = stacked_conv2d.unpack_indices(inputs[1].array, filters * segments, int(a["bits"]))
+    stack = stacked_conv2d.Stack(bank, indices.reshape(filters, segments))
+    return Stacked(bank[stack.indices].reshape(filters, -1, bank.shape[2]), stack)
+
+
 def _group_scale(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     return Constant(np.repeat(inputs[0].array, int(a["group"]))[: int(a["filters"])])
 
@@ -185,6 +207,13 @@ def _accumulator(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
     if not (isinstance(value, Channelwise) and isinstance(value.base, Sum) and not value.steps):
         raise ValueError("it marks the integer sum of codes and coded weights, and its input is none")
     return value
+
+
+def _as_filters(stack: stacked_conv2d.Stack, array: np.ndarray) -> Stacked:
+    """Stacked filters that were reshaped from [O, C, T] to [O, C, KH, KW]."""
+    if array.shape[:2] != (len(stack.indices), stack.segments * stack.channels):
+        raise ValueError("stacked filters are the weights of a convolution, and nothing else may be made of them")
+    return Stacked(array, replace(stack, bank=stack.bank.reshape(*stack.bank.shape[:2], *array.shape[2:])))
 
 
 # Convolutions and dense layers -----------------------------------------------------------------------------------
@@ -206,8 +235,13 @@ def _geometry(image: Sequence[int], kernel: Sequence[int], a: Attributes) -> Geo
     )
 
 
-def _product(e: Emitter, x: Value, weights: np.ndarray, geometry: Geometry, shape: tuple[int, ...]) -> Value | None:
+def _product(e: Emitter, x: Value, weight: Constant, geometry: Geometry, shape: tuple[int, ...]) -> Value | None:
     """The convolution of x with weights [O, C, KH, KW] of few bits; None: they are floats like any other."""
+    if isinstance(weight, Stacked):
+        if not isinstance(x, Codes):
+            raise ValueError("stacked filters with real activations are not compiled: quantise the activations")
+        return Channelwise(StackedSum(e, x, weight.array.astype(np.int64), BINARY, geometry, shape, weight.stack))
+    weights = weight.array
     code = bitweight_conv2d.integer_code(weights)
     if isinstance(x, Codes) and code is not None:
         return Channelwise(Sum(e, x, weights.astype(np.int64), code, geometry, shape))
@@ -240,7 +274,7 @@ def _conv(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     groups = int(a.get("group", 1))
     geometry = _geometry(x.shape[2:], weight.shape[2:], a)
     shape = (x.shape[0], weight.shape[0], *geometry.output)
-    product = _product(e, x, weight.array, geometry, shape) if groups == 1 else None
+    product = _product(e, x, weight, geometry, shape) if groups == 1 else None
     if product is not None:
         return _add_bias(e, product, bias)
     if isinstance(x, Codes) and groups != 1:
@@ -267,7 +301,7 @@ def _gemm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
         raise ValueError("only matrix products of [N, C] activations with constant weights are supported")
     rows = weight.array if a.get("transB", 0) else weight.array.T
     shape = (x.shape[0], rows.shape[0])
-    product = _product(e, x, rows[:, :, None, None], Geometry((1, 1), (1, 1)), shape)
+    product = _product(e, x, Constant(rows[:, :, None, None]), Geometry((1, 1), (1, 1)), shape)
     if product is not None:
         return _add_bias(e, product, bias)
     dense = relax.op.matmul(x.real(), relax.const(np.ascontiguousarray(rows.T)))
@@ -428,12 +462,17 @@ def _concat(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     return Channelwise(Real(e, out, _logical_shape(out)))
 
 
-def _slice(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
+def _slice(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     x, starts, ends, axes, steps = [*inputs, None, None][:5]
+    if isinstance(x, Codes):  # taking elements and taking their codes commute
+        return x.like(_as_channelwise(_slice(e, [x.of, *inputs[1:]], a), e))
     rank, count = len(x.shape), starts.array.size
     along = list(range(count)) if axes is None else [int(i) % rank for i in axes.array]
     by = [1] * count if steps is None else [int(i) for i in steps.array]
-    spans = [range(x.shape[i])[slice(int(a), int(b), s)] for i, a, b, s in zip(along, starts.array, ends.array, by, strict=True)]
+    spans = [
+        range(x.shape[axis])[slice(int(start), int(end), step)]
+        for axis, start, end, step in zip(along, starts.array, ends.array, by, strict=True)
+    ]
     if min(by) < 1 or any(len(span) == 0 for span in spans):
         raise ValueError(f"a slice with steps {by} of an axis, or of nothing, is not supported: use positive steps")
     out = relax.op.strided_slice(
@@ -456,6 +495,7 @@ OPERATORS: dict[str, Handler] = {
     f"{opset.DOMAIN}::QuantizeUnit": _quantize(unsigned, quantize.unit),
     f"{opset.DOMAIN}::QuantizeSymmetric": _quantize(odd, quantize.symmetric),
     f"{opset.DOMAIN}::UnpackCodes": _unpack_codes,
+    f"{opset.DOMAIN}::StackFilters": _stack_filters,
     f"{opset.DOMAIN}::GroupScale": _group_scale,
     f"{opset.DOMAIN}::Accumulator": _accumulator,
     "Conv": _conv,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,34 +30,70 @@ def inspect(path: Path, batch: int = 1) -> Inspection:
         ValueError: as `onnx_file.read`.
     """
     model = onnx_file.read(path, batch)
-    layers = tuple(_layer(n) for n in model.graph if n.domain == "" and n.op_type in ("Conv", "Gemm", "MatMul"))
+    layers = tuple(map(_layer, _products(model)))
     floats = sum(
         value.const_value.nbytes
         for value in model.graph.initializers.values()
         if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT
     )
-    binary = sum(layer.float_bytes for layer in layers if layer.method != "float")
-    return Inspection(path.stat().st_size, floats + binary, layers)
+    packed = sum(layer.float_bytes for layer in layers if layer.method != "float")
+    return Inspection(path.stat().st_size, floats + packed, layers)
 
 
-def _layer(node: ir.Node) -> Layer:
-    x, weight = node.inputs[:2]
-    assert x is not None and weight is not None
+_MOVES = ("Pad", "Reshape", "Flatten", "MaxPool", "Transpose", "Slice", "Concat")
+_BITS: dict[str, Callable[[ir.Node], int]] = {
+    "BinarySign": lambda node: 1,
+    "Ternarize": lambda node: 2,
+    "QuantizeUnit": lambda node: int(node.attributes["bits"].value),
+    "QuantizeSymmetric": lambda node: int(node.attributes["bits"].value),
+}
+
+
+def _products(model: ir.Model) -> list[list[ir.Node]]:
+    """The products of activations and weights; those of the same packed weights (planes of a residual) together."""
+    found: dict[int, list[ir.Node]] = {}
+    for node in model.graph:
+        if node.domain == "" and node.op_type in ("Conv", "Gemm", "MatMul"):
+            packed = _packed(node)
+            found.setdefault(id(packed[0].inputs[0] if packed else node), []).append(node)
+    return list(found.values())
+
+
+def _packed(node: ir.Node) -> list[ir.Node]:
+    """The nodes of our domain that a product's weights are made by, the one that unpacks them first; often none."""
+    found: list[ir.Node] = []
+    values = [node.inputs[1]]
+    while values:
+        value = values.pop()
+        producer = None if value is None else value.producer()
+        if producer is not None:
+            found += [producer] if producer.domain == opset.DOMAIN else []
+            values += producer.inputs
+    return sorted(found, key=lambda n: n.op_type != "UnpackCodes") if "UnpackCodes" in {n.op_type for n in found} else []
+
+
+def _layer(nodes: list[ir.Node]) -> Layer:
+    node, packed = nodes[0], _packed(nodes[0])
+    weight = node.inputs[1]
+    assert weight is not None
     weights = int(np.prod(onnx_file.shape(weight)))
     output = onnx_file.shape(node.outputs[0])
     filters = output[1]
-    macs = weights // filters * int(np.prod(output[1:]))
-    unpack = _made_by(weight, "UnpackSigns", through=("Reshape", "Transpose"))
-    sign = _made_by(x, "BinarySign", through=("Pad", "Reshape", "Flatten", "MaxPool"))
-    if unpack is None or sign is None:
-        method, stored, why = "float", 4 * weights, _why(weight, unpack is not None, sign is not None)
-    else:
-        method, stored, why = "1w1a", _bytes(unpack.inputs[0]), ""
-        if (scale := _scale_of(node)) is not None:
-            stored += _bytes(scale.inputs[0])
-            method += f"/{min(int(scale.attributes['group'].value), filters)}"
+    macs = len(nodes) * (weights // filters) * int(np.prod(output[1:]))
+    codes = {id(made): made for n in nodes if (made := _made_by(n.inputs[0], tuple(_BITS), _MOVES)) is not None}
+    activation_bits = sum(_BITS[made.op_type](made) for made in codes.values()) or 32
+    method, stored, parameter = "float", 4 * weights, weight
+    if packed:
+        scales = {id(s): s for n in nodes for s in (*_packed(n), *_scales(n)) if s.op_type == "GroupScale"}
+        constants = {id(v): v for n in (*packed, *scales.values()) for v in n.inputs if v is not None}
+        stored = sum(_bytes(v) for v in constants.values() if v.const_value is not None)
+        parameter = packed[0].inputs[0]
+        method = f"{onnx_file.shape(parameter)[0]}w{activation_bits}a"
+        if scales:
+            method += f"/{min(min(int(s.attributes['group'].value) for s in scales.values()), filters)}"
+    why = _why(weight, bool(packed), activation_bits)
     return Layer(
-        name=_name(node, unpack.inputs[0] if unpack is not None else weight),
+        name=_name(node, parameter),
         operator=node.op_type,
         method=method,
         bits_per_weight=8 * stored / weights,
@@ -80,28 +117,24 @@ def _bytes(value: ir.Value | None) -> int:
     return int(value.const_value.nbytes)
 
 
-def _why(weight: ir.Value, packed: bool, signed: bool) -> str:
+def _why(weight: ir.Value, packed: bool, activation_bits: int) -> str:
     if packed:
-        return "activations are float"
+        return "activations are float" if activation_bits == 32 else ""
     what = "weights are float" if weight.const_value is not None else "weights are computed"
-    return f"{what}, activations are binary" if signed else what
+    return what if activation_bits == 32 else f"{what}, activations have {activation_bits} bit(s)"
 
 
-def _made_by(value: ir.Value, op_type: str, through: tuple[str, ...]) -> ir.Node | None:
+def _made_by(value: ir.Value | None, op_types: tuple[str, ...], through: tuple[str, ...]) -> ir.Node | None:
     """The node of our domain that made a value, looking through operators that only move elements."""
-    node = value.producer()
+    node = None if value is None else value.producer()
     while node is not None and node.op_type in through and node.domain == "" and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    return node if node is not None and (node.domain, node.op_type) == (opset.DOMAIN, op_type) else None
+    return node if node is not None and node.domain == opset.DOMAIN and node.op_type in op_types else None
 
 
-def _scale_of(node: ir.Node) -> ir.Node | None:
-    """The GroupScale that multiplies a layer's sums."""
-    for accumulator in node.outputs[0].consumers():
-        if accumulator.op_type != "Accumulator":
-            continue
-        for product in accumulator.outputs[0].consumers():
-            for factor in product.inputs:
-                if factor is not None and (scale := _made_by(factor, "GroupScale", ("Reshape",))) is not None:
-                    return scale
-    return None
+def _scales(node: ir.Node) -> list[ir.Node]:
+    """The GroupScales that multiply a layer's sums."""
+    sums = [node.outputs[0], *(n.outputs[0] for n in node.outputs[0].consumers() if n.op_type == "Accumulator")]
+    products = [n for value in sums for n in value.consumers() if n.op_type == "Mul"]
+    found = [_made_by(factor, ("GroupScale",), ("Reshape",)) for n in products for factor in n.inputs]
+    return [scale for scale in found if scale is not None]

@@ -60,7 +60,7 @@ class QuantConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, 0, dilation, bias=bias)
         self.pads = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
         self.weight_quantizer = _weight_quantizer(weight, group, weight_options)
-        self.activation_quantizer = _activation_quantizer(activation, activation_options)
+        self.activation_quantizer = activation_quantizer(activation, activation_options)
         self.input_scale = _checked_input_scale(input_scale, activation)
         self.gradient_bits = checked_integer("gradient_bits", gradient_bits, 32)
 
@@ -99,7 +99,7 @@ class QuantLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.weight_quantizer = _weight_quantizer(weight, group, weight_options)
-        self.activation_quantizer = _activation_quantizer(activation, activation_options)
+        self.activation_quantizer = activation_quantizer(activation, activation_options)
         self.input_scale = _checked_input_scale(input_scale, activation)
         self.gradient_bits = checked_integer("gradient_bits", gradient_bits, 32)
 
@@ -120,7 +120,7 @@ def _weight_quantizer(name: str, group: int, options: Mapping[str, Any]) -> Weig
     return kind(**options)
 
 
-def _activation_quantizer(name: str, options: Mapping[str, Any]) -> ActivationQuantizer:
+def activation_quantizer(name: str, options: Mapping[str, Any]) -> ActivationQuantizer:
     return _kind("activation", quantizers.activations(), name, options)(**options)
 
 

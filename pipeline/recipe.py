@@ -23,7 +23,7 @@ from pydantic import (
 from torch import nn
 
 from pipeline import data, models
-from pipeline.models import ImageShape, Quantize
+from pipeline.models import ImageShape, Quantize, Stacked
 
 _PACKAGED = Path(__file__).with_name("recipes")
 
@@ -166,6 +166,7 @@ def _sentence(error: ValidationError) -> str:
     kind: Any = Recipe.model_fields[section].annotation if rest and section != "model" else Recipe
     if section == "model" and rest:  # pydantic puts the network's name behind the section
         kind = _MODELS[rest.pop(0)]
+    kind = Stacked if rest[:-1] == ["stacked"] else kind
     field = ".".join([section, *rest])
     match first["type"]:
         case "missing":

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import recipe as recipes
+from pipeline import stacked
 from pipeline.data import Dataset, crop_flip, to_float
 from pipeline.layers import QuantConv2d, QuantLinear, constrain_, penalty
 from pipeline.models import ImageShape
@@ -230,6 +231,9 @@ def _optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
     scale mean |W|.
     """
     latent = {id(layer.weight) for layer in model.modules() if isinstance(layer, QuantConv2d | QuantLinear)}
+    latent |= {
+        id(p) for layer in model.modules() if isinstance(layer, stacked.StackedConv2d) for p in layer.parameters()
+    }
     decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in latent]
     chosen = {id(p) for p in decayed}
     spared = [p for p in model.parameters() if id(p) not in chosen]
@@ -258,7 +262,6 @@ class _Run:
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
         _seed(recipe.train.seed)
         self.model = recipe.build(dataset.image_shape, len(dataset.classes)).to(self.device)
-        self.shared: nn.Module = DistributedDataParallel(self.model) if world > 1 else self.model
         self.optimizer = _optimizer(self.model, recipe.train)
         self.history: list[Epoch] = []
 
@@ -288,6 +291,10 @@ class _Run:
     def epoch(self, advance: Callable[[], None]) -> Epoch:
         """Train for one epoch and test; ``advance`` is called after every step."""
         began, number, settings = time.perf_counter(), len(self.history), self.recipe.train
+        if self.recipe.quantize.stacked is not None:
+            stacked.begin_epoch(self.model, number, self.recipe.quantize.stacked.warmup)
+        # made anew, as it asks then which parameters are trained; and local, as it must not outlive the process group
+        shared: nn.Module = DistributedDataParallel(self.model) if self.world > 1 else self.model
         _seed(settings.seed, number)  # the order is common to the processes, the augmentation is not
         order = torch.randperm(len(self.dataset.train.labels))
         _seed(settings.seed, number, self.rank)
@@ -295,7 +302,7 @@ class _Run:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, hits
         for step in range(self.steps):
             picked = order[step * settings.batch : (step + 1) * settings.batch][self.rank :: self.world]
-            sums += self._step(picked, _lr(settings, number + step / self.steps))
+            sums += self._step(shared, picked, _lr(settings, number + step / self.steps))
             advance()
         if self.world > 1:
             dist.all_reduce(sums)
@@ -306,16 +313,17 @@ class _Run:
         self.history.append(Epoch(loss, accuracy, test, time.perf_counter() - began))
         return self.history[-1]
 
-    def _step(self, picked: Tensor, lr: float) -> Tensor:
+    def _step(self, shared: nn.Module, picked: Tensor, lr: float) -> Tensor:
         images, labels = self.dataset.train.images[picked], self.dataset.train.labels[picked].to(self.device)
         if self.recipe.train.augment == "crop_flip":
             images = crop_flip(images, self.recipe.train.pad)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        logits = self.shared(to_float(images.to(self.device)))
+        logits = shared(to_float(images.to(self.device)))
         loss = F.cross_entropy(logits, labels) + penalty(self.model)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         constrain_(self.model)
+        stacked.constrain_(self.model)
         return torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()]).double()

@@ -21,8 +21,9 @@ from tvm import relax, te, tirx
 
 from tvm_ops import output_transform
 from tvm_ops.bitplanes import BINARY, TERNARY, WORD_BITS, Code, pack
-from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, bitweight_conv2d
+from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, bitweight_conv2d, stacked_conv2d
 from tvm_ops.ops.bitserial_conv2d import Geometry, Product
+from tvm_ops.ops.stacked_conv2d import Stack
 from tvm_ops.output_transform import Step
 
 # TVM's OpPatternKind: what follows may be fused to it; nothing may.
@@ -30,7 +31,7 @@ OUT_ELEMENTWISE_FUSABLE, OPAQUE = 4, 8
 
 Shape = tuple[int, ...]
 Array = NDArray[Any]
-Finish = Callable[[Any], Any]  # a last expression of a kernel, such as the pattern of a code
+Finish = Callable[..., Any]  # a last expression of a kernel, such as the pattern of a code
 
 
 @dataclass
@@ -120,34 +121,47 @@ class Sum:
         return Product(self.geometry, self.codes.code, self.code)
 
     def words(self, steps: Sequence[Step]) -> relax.Expr:
-        weight, edge, most = bitserial_conv2d.bit_weight(self.weights, self.product, steps)
+        flip, edge, most = bitserial_conv2d.bit_threshold(self.weights, self.product, steps)
+        weight, unpack = self._weight(flip, most.shape[-1])
 
-        def compute(*tensors: Any) -> Any:
-            return bitserial_conv2d.compute_bits(self.product, edge, *tensors)
+        def compute(x: Any, *tensors: Any) -> Any:
+            stored, rest = tensors[: len(weight)], tensors[len(weight) :]
+            return bitserial_conv2d.compute_bits(self.product, edge, x, unpack(*stored), *rest)
 
         operations = 2 * self.weights[0].size * int(np.prod(self.shape))
         x, rest = self._operands()
         return self.emitter.te(
-            "bitserial_conv2d_bits", compute, x, weight, *rest, most, op_pattern=OPAQUE, estimated_flops=operations
+            "bitserial_conv2d_bits", compute, x, *weight, *rest, most, op_pattern=OPAQUE, estimated_flops=operations
         )
 
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
         edge = bitserial_conv2d.border(self.weights, self.product)
-        weight = bitserial_conv2d.pack_weight(self.weights, self.code)
+        filters = len(self.weights)
+        weight, unpack = self._weight(np.ones(filters, np.int8), filters)
         constants = bitserial_conv2d.float_constants(edge, steps)
 
-        def compute(*tensors: Any) -> Any:
-            return bitserial_conv2d.compute_float(self.product, edge, steps, *tensors, finish=finish)
+        def compute(x: Any, *tensors: Any) -> Any:
+            stored, rest = tensors[: len(weight)], tensors[len(weight) :]
+            return bitserial_conv2d.compute_float(self.product, edge, steps, x, unpack(*stored), *rest, finish=finish)
 
         x, rest = self._operands()
         out = self.emitter.te(
-            "bitserial_conv2d", compute, x, weight, *rest, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE
+            "bitserial_conv2d", compute, x, *weight, *rest, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE
         )
         return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
 
+    def _weight(self, flip: Array, filters: int) -> tuple[list[Array], Finish]:
+        """What is stored of the weights, negated where ``flip`` < 0 and filled up to ``filters``, and how a kernel makes
+        their words of it."""
+        words = bitserial_conv2d.pack_weight(self.weights * flip.reshape(-1, 1, 1, 1), self.code)
+        return [np.pad(words, [*[(0, 0)] * 4, (0, filters - len(flip))])], lambda weight: weight
+
+    def _words(self) -> relax.Expr:
+        return self.codes.words()
+
     def _operands(self) -> tuple[relax.Expr, list[relax.Expr]]:
         """The words, and what of them is not 0 where that matters."""
-        words = self.codes.words()
+        words = self._words()
         if not self.product.nonzeros:
             return words, []
 
@@ -155,6 +169,34 @@ class Sum:
             return bitserial_conv2d.nonzeros(x, self.product)
 
         return words, [self.emitter.te("nonzeros", compute, words)]
+
+
+@dataclass(frozen=True, eq=False)
+class StackedSum(Sum):
+    """The sums of a convolution with stacked filters, ``weights`` being what they expand to.
+
+    Filters are expanded at every call, in the kernel that convolves with them; what the library stores is the stack.
+    """
+
+    stack: Stack
+
+    def _weight(self, flip: Array, filters: int) -> tuple[list[Array], Finish]:
+        stack = self.stack
+        words = np.zeros(filters, np.uint32)
+        words[: len(flip)] = np.where(flip < 0, 0xFFFFFFFF, 0)
+        arrays = [bitserial_conv2d.pack_weight(stack.bank), stack.stream(), words]
+        return arrays, lambda bank, stream, flipped: stacked_conv2d.expand(stack, bank, stream, flipped)
+
+    def _words(self) -> relax.Expr:
+        """Every segment in words of its own."""
+        words, stack = self.codes.words(), self.stack
+        if stack.channels % WORD_BITS == 0:
+            return words
+
+        def compute(x: Any) -> Any:
+            return stacked_conv2d.join(stacked_conv2d.split(x, stack.channels, stack.segments))
+
+        return self.emitter.te("split", compute, words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,3 +374,10 @@ class Constant:
     def real(self) -> relax.Expr:
         lying = self.array.transpose(0, 2, 3, 1) if self.array.ndim == 4 else self.array
         return relax.const(np.ascontiguousarray(lying))
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked(Constant):
+    """Signs that are stacked filters."""
+
+    stack: Stack

@@ -55,7 +55,7 @@ def kernel(case: str, variant: str, rng: np.random.Generator):
     x = rng.standard_normal((1, size, size, channels)).astype(np.float32)
     signs = rng.choice([-1, 1], (channels, channels, 3, 3)).astype(np.int8)
     packed = variant != "float_io"
-    argument = bitplanes.pack(x >= 0) if packed else x
+    argument = bitplanes.pack(x >= 0)[..., None, :] if packed else x
     variable = relax.Var("x", relax.TensorType(argument.shape, str(argument.dtype)))
     emitter = Emitter(relax.BlockBuilder())
     scale, shift = rng.uniform(0.01, 1, channels).astype(np.float32), rng.normal(0, 20, channels).astype(np.float32)
@@ -66,9 +66,9 @@ def kernel(case: str, variant: str, rng: np.random.Generator):
     }[variant]
     with emitter.builder.function("main", [variable]):
         with emitter.builder.dataflow():
-            codes = Signs(emitter, Channelwise(Real(emitter, variable, shape)), [variable] if packed else [])
+            codes = Signs(emitter, Channelwise(Real(emitter, variable, shape)), _words=[variable] if packed else [])
             geometry = Geometry((size, size), (3, 3), pads=(1, 1, 1, 1))
-            sums = Channelwise(Sum(emitter, codes, signs, geometry, shape), steps)
+            sums = Channelwise(Sum(emitter, codes, signs, bitplanes.BINARY, geometry, shape), steps)
             result = emitter.builder.emit_output(sums.words() if variant == "bits_io" else sums.real())
         emitter.builder.emit_func_output(result)
     executable, _, _ = compiler.build(compiler.lower(emitter.builder.get()), targets.host(), threads=1)
@@ -81,7 +81,7 @@ def kernel(case: str, variant: str, rng: np.random.Generator):
     for step in steps:
         expected = expected * step.value if step.op == "mul" else expected + step.value
     if variant == "bits_io":
-        expected = bitplanes.pack(expected >= 0)
+        expected = bitplanes.pack(expected >= 0)[..., None, :]
 
     def seconds(calls: int) -> float:
         return float(machine.time_evaluator("main", tvm.cpu(), number=calls, repeat=1)(tensor).mean)

@@ -254,6 +254,8 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "Clip above": ("Clip", ["x", "", "scalar"], {}),
     "Clip below": ("Clip", ["x", "zero"], {}),
     "Concat channels": ("Concat", ["x", "x", "map"], {"axis": 1}),
+    "Slice": ("Slice", ["x", "starts", "ends", "axes", "by"], {}),
+    "Slice from the end": ("Slice", ["x", "minus two", "minus one", "second last"], {}),
     "Concat columns": ("Concat", ["x", "x"], {"axis": -1}),
     "Conv": ("Conv", ["x", "weight", "beta"], {"pads": [0, 1, 2, 1], "strides": [2, 1], "dilations": [1, 2]}),
     "Conv grouped": ("Conv", ["x", "weight of groups"], {"group": 3}),
@@ -297,6 +299,13 @@ def constants(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
     return {
         "channel": (1 + rng.random((6, 1, 1))).astype(np.float32),
+        "starts": np.array([1, -3]),
+        "ends": np.array([2**31 - 1, 100]),
+        "axes": np.array([-1, 1]),
+        "by": np.array([2, 1]),
+        "minus two": np.array([-2]),
+        "minus one": np.array([-1]),
+        "second last": np.array([2]),
         "scalar": np.float32(1.5) * np.ones((), np.float32),
         "zero": np.zeros((), np.float32),
         "row": normal(1, 1, 5, 1),

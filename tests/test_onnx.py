@@ -22,7 +22,7 @@ from pipeline.export import export
 from pipeline.layers import QuantConv2d, QuantLinear
 from pipeline.packaging import oracle
 from tvm_ops import opset
-from tvm_ops.bitplanes import pack
+from tvm_ops.bitplanes import BINARY, TERNARY, encode, odd, pack, unsigned
 
 # What is exported --------------------------------------------------------------------------------------------------
 
@@ -47,10 +47,10 @@ def test_the_checker_and_the_versions(binary_file: Path) -> None:
     proto = onnx.load(binary_file)
     onnx.checker.check_model(proto, full_check=True)
     assert proto.ir_version == 10
-    assert {o.domain: o.version for o in proto.opset_import} == {"": 20, "ai.crossbit": 1}
+    assert {o.domain: o.version for o in proto.opset_import} == {"": 20, "ai.crossbit": 2}
     assert (proto.producer_name, proto.producer_version) == ("crossbit", "")
     used = {n.op_type for n in proto.graph.node if n.domain == opset.DOMAIN}
-    assert used == {"BinarySign", "UnpackSigns", "GroupScale", "Accumulator"}
+    assert used == {"BinarySign", "UnpackCodes", "GroupScale", "Accumulator"}
     assert {(f.domain, f.name) for f in proto.functions} == {(opset.DOMAIN, name) for name in used}
     assert {n.domain for f in proto.functions for n in f.node} == {""}
 
@@ -69,7 +69,7 @@ def test_weights_are_stored_one_bit_each(binary_file: Path) -> None:
         "0.bias",
         *(f"{layer}.weight.{part}" for layer in (1, 2, 5) for part in ("words", "scale")),
     }
-    assert stored["1.weight.words"].shape == (128, 9, 8)
+    assert stored["1.weight.words"].shape == (1, 128, 9, 8)
     assert stored["1.weight.words"].dtype == np.uint8
     assert stored["1.weight.scale"].shape == (8,)
     assert binary_file.stat().st_size < formula + stored["0.weight"].nbytes + 12_000  # bodies, names and shapes
@@ -81,7 +81,7 @@ def test_words_are_the_signs_of_the_latent_weights(rng: np.random.Generator, tmp
     export(layer, (13,), tmp_path / "model.onnx")
     stored = {i.name: numpy_helper.to_array(i) for i in onnx.load(tmp_path / "model.onnx").graph.initializer}
     latent = layer.weight.detach().numpy()
-    np.testing.assert_array_equal(stored["weight.words"][:, 0], pack(np.where(latent >= 0, 1, -1), "u1"))
+    np.testing.assert_array_equal(stored["weight.words"][0, :, 0], pack(np.where(latent >= 0, 1, -1), "u1"))
     means = [np.abs(latent[i : i + 2]).mean(dtype=np.float64) for i in (0, 2, 4)]
     np.testing.assert_allclose(stored["weight.scale"], means, rtol=1e-6)
 
@@ -223,9 +223,9 @@ def save(
 
 def test_why_a_layer_is_float(tmp_path: Path) -> None:
     """Four convolutions, of which the last two differ in one operand from a binary one."""
-    words, weight = np.zeros((8, 9, 1), np.uint8), np.ones((8, 4, 3, 3), np.float32)
+    words, weight = np.zeros((1, 8, 9, 1), np.uint8), np.ones((8, 4, 3, 3), np.float32)
     unpacked = [
-        node("UnpackSigns", ["words"], "flat signs", channels=4),
+        node("UnpackCodes", ["words"], "flat signs", channels=4, ratios=[2], shift=-1),
         node("Reshape", ["flat signs", "shape"], "signs"),
     ]
     shape = np.array([8, 4, 3, 3])
@@ -234,7 +234,7 @@ def test_why_a_layer_is_float(tmp_path: Path) -> None:
         "signs": (
             [node("BinarySign", ["x"], "s"), node("Conv", ["s", "weight"], "y")],
             {"weight": weight},
-            "weights are float, activations are binary",
+            "weights are float, activations have 1 bit(s)",
         ),
         "activations": (
             [*unpacked, node("Conv", ["x", "signs"], "y")],
@@ -255,7 +255,8 @@ def test_why_a_layer_is_float(tmp_path: Path) -> None:
     for name, (nodes, constants, why) in cases.items():
         (layer,) = inspection.inspect(save(tmp_path / f"{name}.onnx", nodes, constants)).layers
         assert layer.why_float == why, name
-        assert layer.method == ("float" if why else "1w1a"), name
+        packed = "1w32a" if name == "activations" else "float"
+        assert layer.method == (packed if why else "1w1a"), name
         assert (layer.binary_macs, layer.float_macs) == ((0, 8 * 4 * 9 * 16) if why else (8 * 4 * 9 * 16, 0)), name
 
 
@@ -264,11 +265,11 @@ def binary_conv(**attributes: Any) -> tuple[list[onnx.NodeProto], dict[str, np.n
     channels = 4 // int(attributes.get("group", 1))
     nodes = [
         node("BinarySign", ["x"], "s"),
-        node("UnpackSigns", ["words"], "flat signs", channels=channels),
+        node("UnpackCodes", ["words"], "flat signs", channels=channels, ratios=[2], shift=-1),
         node("Reshape", ["flat signs", "shape"], "signs"),
         node("Conv", ["s", "signs"], "y", **attributes),
     ]
-    return nodes, {"words": np.zeros((8, 9, 1), np.uint8), "shape": np.array([8, channels, 3, 3])}
+    return nodes, {"words": np.zeros((1, 8, 9, 1), np.uint8), "shape": np.array([8, channels, 3, 3])}
 
 
 WEIGHT = {"weight": np.ones((8, 4, 3, 3), np.float32)}
@@ -316,7 +317,7 @@ REFUSED: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], Inputs, st
     "grouped binary convolution": (
         *binary_conv(group=2),
         X,
-        "node 'the Conv' (Conv): a bit-serial convolution with group = 2 is not supported: use group = 1",
+        "node 'the Conv' (Conv): a convolution of codes with group = 2 is not supported: use group = 1",
     ),
     "auto_pad": (
         *binary_conv(auto_pad="SAME_UPPER"),
@@ -351,7 +352,7 @@ REFUSED: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], Inputs, st
         [node("BinarySign", ["x"], "y")],
         {},
         [("x", TensorProto.FLOAT, ["batch", 4, 6])],
-        "the sign of a tensor of rank 3: flatten it to [N, C] or use [N, C, H, W]",
+        "codes of a tensor of rank 3: flatten it to [N, C] or use [N, C, H, W]",
     ),
     "1-d convolution": (
         [node("Conv", ["x", "weight"], "y")],
@@ -428,8 +429,8 @@ def test_what_is_supported_is_not_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read", [importer.load, inspection.inspect], ids=["importer", "inspection"])
 def test_a_newer_domain_is_refused(read: Callable[[Path], Any], tmp_path: Path) -> None:
-    path = save(tmp_path / "model.onnx", [node("BinarySign", ["x"], "y")], version=2)
-    with pytest.raises(ValueError, match=r"model\.onnx: ai\.crossbit version 2; this crossbit reads version 1"):
+    path = save(tmp_path / "model.onnx", [node("BinarySign", ["x"], "y")], version=3)
+    with pytest.raises(ValueError, match=r"model\.onnx: ai\.crossbit version 3; this crossbit reads version 2"):
         read(path)
 
 
@@ -485,10 +486,14 @@ def test_bodies_of_our_operators(rng: np.random.Generator, tmp_path: Path) -> No
     path = save(tmp_path / "sign.onnx", [node("BinarySign", ["x"], "y")])
     np.testing.assert_array_equal(oracle(path).run(None, {"x": x})[0], np.where(x >= 0, 1, -1))
 
-    signs = rng.choice(np.array([-1, 1]), (3, 5, 13))  # [O, T, C]
-    nodes = [node("UnpackSigns", ["words"], "u", channels=13), node("Add", ["x", "u"], "y")]
-    path = save(tmp_path / "unpack.onnx", nodes, {"words": pack(signs, "u1")}, [("x", TensorProto.FLOAT, [1])])
-    np.testing.assert_array_equal(oracle(path).run(None, {"x": np.zeros(1, np.float32)})[0], signs.transpose(0, 2, 1))
+    for code in (BINARY, TERNARY, odd(3), unsigned(2)):
+        values = rng.choice(np.array(code.values), (3, 5, 13))  # [O, T, C]
+        attributes = {"channels": 13, "ratios": list(code.ratios), "shift": code.shift}
+        nodes = [node("UnpackCodes", ["words"], "u", **attributes), node("Add", ["x", "u"], "y")]
+        words = pack(encode(values, code), "u1")
+        path = save(tmp_path / "unpack.onnx", nodes, {"words": words}, [("x", TensorProto.FLOAT, [1])])
+        found = oracle(path).run(None, {"x": np.zeros(1, np.float32)})[0]
+        np.testing.assert_array_equal(found, values.transpose(0, 2, 1))
 
     scale = rng.random(3).astype(np.float32)
     nodes = [node("GroupScale", ["scale"], "s", group=4, filters=10), node("Add", ["x", "s"], "y")]

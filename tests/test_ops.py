@@ -136,6 +136,13 @@ CODES = {
 ACTIVATIONS, WEIGHTS = [c for c in CODES if c.endswith("a")], [c for c in CODES if c.endswith("w")]
 
 
+def bit_weight(weight: np.ndarray, product: Product, steps: list[Step]) -> tuple[np.ndarray, Any, np.ndarray]:
+    """Words, border and thresholds for a kernel that writes bits."""
+    flip, edge, most = bitserial_conv2d.bit_threshold(weight, product, steps)
+    packed = bitserial_conv2d.pack_weight(weight * flip.reshape(-1, 1, 1, 1), product.w)
+    return np.pad(packed, [*[(0, 0)] * 4, (0, most.shape[-1] - len(flip))]), edge, most
+
+
 def check_convolution(
     x: np.ndarray, weight: np.ndarray, product: Product, steps: list[Step], to: str, **options: Any
 ) -> None:
@@ -156,7 +163,7 @@ def check_convolution(
         result = run(lambda *t: bitserial_conv2d.compute_float(product, edge, steps, *t), arrays, **options)
         np.testing.assert_array_equal(result, expected)
     else:
-        weights, edge, most = bitserial_conv2d.bit_weight(weight, product, steps)
+        weights, edge, most = bit_weight(weight, product, steps)
         arrays = [packed, weights, *rest, most]
         result = run(lambda *t: bitserial_conv2d.compute_bits(product, edge, *t), arrays, **options)
         np.testing.assert_array_equal(result[..., 0, :], pack(expected >= 0))
@@ -251,15 +258,14 @@ def test_the_border_of_a_padded_3x3_has_3x3_entries(rng: np.random.Generator) ->
 
 def test_filters_that_fill_a_word_never_give_a_bit(rng: np.random.Generator) -> None:
     always = [Step("add", np.full(5, 1e6, np.float32))]
-    packed, _, most = bitserial_conv2d.bit_weight(signs(rng, 5, 7, 3, 3), Product(Geometry((4, 4), (3, 3))), always)
-    assert packed.shape == (3, 3, 1, 1, 32)
-    assert not packed[..., 5:].any()
+    _, _, most = bitserial_conv2d.bit_threshold(signs(rng, 5, 7, 3, 3), Product(Geometry((4, 4), (3, 3))), always)
+    assert most.shape == (1, 1, 32)
     assert (most[..., 5:] < -(1 << 24)).all()
 
 
 def test_a_layer_too_large_for_float32_is_refused() -> None:
     with pytest.raises(ValueError, match="split the layer"):
-        bitserial_conv2d.bit_weight(np.ones((1, 1 << 24, 1, 1), np.int8), Product(Geometry((1, 1), (1, 1))), [])
+        bitserial_conv2d.bit_threshold(np.ones((1, 1 << 24, 1, 1), np.int8), Product(Geometry((1, 1), (1, 1))), [])
 
 
 # Packing floats --------------------------------------------------------------------------------------------------
@@ -370,7 +376,7 @@ def kernels(rng: np.random.Generator) -> dict[str, tuple[Callable[..., Any], lis
     steps = [Step(op, rng.normal(0, 1, 64).astype(np.float32)) for op in ("mul", "add", "mul", "add")]  # type: ignore[arg-type]
     product = Product(geometry)
     edge = bitserial_conv2d.border(weight, product)
-    packed, bit_edge, most = bitserial_conv2d.bit_weight(weight, product, steps)
+    packed, bit_edge, most = bit_weight(weight, product, steps)
     through = apply(steps, convolution(x, weight, geometry).astype(np.float32))
     floats, low = rng.normal(size=(1, 6, 8, 64)).astype(np.float32), rng.normal(size=64).astype(np.float32)
     pool = Geometry((6, 8), (2, 2), (2, 2))

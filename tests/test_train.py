@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline import data, recipe, train
 from pipeline.data import Dataset, Split
@@ -148,9 +149,9 @@ def test_every_epoch_has_its_own_order(
 ) -> None:
     step, seen = train._Run._step, []
 
-    def watched(run: train._Run, picked: torch.Tensor, lr: float) -> torch.Tensor:
+    def watched(run: train._Run, model: nn.Module, picked: torch.Tensor, lr: float) -> torch.Tensor:
         seen.append(picked)
-        return step(run, picked, lr)
+        return step(run, model, picked, lr)
 
     monkeypatch.setattr(train._Run, "_step", watched)
     train.train(toy_recipe(seed), toy, tmp_path)
@@ -229,11 +230,12 @@ print(len(result.history))
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stacked", ["", "[quantize.stacked]\nsegments = 4\nbank_ratio = 2\nwarmup = 1\n"])
+def test_two_processes(stacked: str, tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text(PARALLEL)
     (tmp_path / "toy.toml").write_text(
         "[model]\nname = 'vgg_small'\nwidths = [16, 32]\npool_after = [0]\n[quantize]\ngroup = 4\n"
-        "[train]\nepochs = 2\nbatch = 64\nlr = 0.01\n[data]\nname = 'digits'\n"
+        f"{stacked}[train]\nepochs = 2\nbatch = 64\nlr = 0.01\n[data]\nname = 'digits'\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(tmp_path / "main.py"), str(tmp_path / "toy.toml"), str(tmp_path / "out")]

@@ -17,8 +17,32 @@ from torch import Tensor, nn
 
 from pipeline.layers import QuantConv2d, QuantLinear
 from pipeline.quantizers import ResidualQuantizer
+from pipeline.stacked import Scale, StackedConv2d
 
 ImageShape = tuple[int, int, int]  # channels, height, width
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """``[quantize.stacked]``: the arguments of `pipeline.stacked.StackedConv2d` that hold for every size of layer.
+
+    Attributes:
+        segments: s.
+        bank_ratio: rho = n / m, filters of a layer per filter that they share; m is rounded up.
+        scale: what a real scale belongs to.
+        warmup: epochs in which selections are trained.
+    """
+
+    segments: int
+    bank_ratio: int
+    scale: Scale = "filter"
+    warmup: int = 10
+
+    def __post_init__(self) -> None:
+        if self.bank_ratio < 1:
+            raise ValueError(
+                f"bank_ratio = {self.bank_ratio}: a layer shares no more filters than it has, give 1 or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -28,6 +52,7 @@ class Quantize:
     Attributes:
         first: quantise the first layer too (CF section 6.3); images come as 8-bit integers unless activations are real.
         last: quantise the last layer too.
+        stacked: stack binary filters in the inner convolutions instead of quantising their weights with ``weight``.
 
     Raises:
         ValueError: what a layer would refuse.
@@ -42,9 +67,15 @@ class Quantize:
     gradient_bits: int = 32
     first: bool = False
     last: bool = False
+    stacked: Stacked | None = None
 
     def __post_init__(self) -> None:
         self._example()
+        if self.stacked is not None:
+            if self.input_scale or self.gradient_bits != 32:
+                raise ValueError("stacked filters know neither input_scale nor gradient_bits: leave them out")
+            with torch.device("meta"):
+                self.conv2d(self.stacked.segments, 2 * self.stacked.bank_ratio, 3)
 
     def _example(self) -> QuantLinear:
         with torch.device("meta"):  # a layer made for its refusals or its bits draws no random numbers
@@ -52,7 +83,24 @@ class Quantize:
 
     def arguments(self) -> dict[str, Any]:
         """What a layer takes."""
-        return {name: value for name, value in asdict(self).items() if name not in ("first", "last")}
+        return {name: value for name, value in asdict(self).items() if name not in ("first", "last", "stacked")}
+
+    def conv2d(
+        self, c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = False
+    ) -> QuantConv2d | StackedConv2d:
+        """An inner convolution."""
+        if self.stacked is None:
+            return QuantConv2d(c_in, c_out, kernel, stride, padding, bias=bias, **self.arguments())
+        return StackedConv2d(
+            *(c_in, c_out, kernel, stride, padding),
+            bias=bias,
+            segments=self.stacked.segments,
+            bank=-(-c_out // self.stacked.bank_ratio),
+            scale=self.stacked.scale,
+            group=self.group,
+            activation=self.activation,
+            activation_options=self.activation_options,
+        )
 
     @property
     def real(self) -> bool:
@@ -61,13 +109,14 @@ class Quantize:
 
     @property
     def label(self) -> str:
-        """Bits of weights and activations, and M where filters share a scale: '1w1a/16'."""
+        """Bits of weights and activations, and M where filters share a scale: '1w1a/16'; stacked 'slbf-4-2w1a'."""
         layer = self._example()
         weight, activation = layer.weight_quantizer, layer.activation_quantizer
         bits = activation.code.bits if activation.code is not None else 32
         bits *= activation.order if isinstance(activation, ResidualQuantizer) else 1
         shared = f"/{self.group}" if self.group > 1 else ""
-        return f"{weight.encode(layer.weight).code.bits}w{bits}a{shared}"
+        stacked = self.stacked and f"slbf-{self.stacked.segments}-{self.stacked.bank_ratio}"
+        return f"{stacked or weight.encode(layer.weight).code.bits}w{bits}a{shared}"
 
 
 class GlobalAverage(nn.Module):
@@ -89,7 +138,7 @@ def conv2d(
     """Quantised activations -> convolution; where they are real, and in the float twin, ReLU -> convolution."""
     if quantize is None:
         return nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False))
-    conv = QuantConv2d(c_in, c_out, kernel, stride, padding, **quantize.arguments())
+    conv = quantize.conv2d(c_in, c_out, kernel, stride, padding)
     return nn.Sequential(nn.ReLU(), conv) if quantize.real else conv
 
 

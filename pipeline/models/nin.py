@@ -17,8 +17,7 @@ def _block(c_in: int, c_out: int, kernel: int, quantize: Quantize | None) -> lis
     pad = kernel // 2
     if quantize is None:
         return [nn.Conv2d(c_in, c_out, kernel, padding=pad), nn.BatchNorm2d(c_out, 1e-4), nn.ReLU()]
-    conv = QuantConv2d(c_in, c_out, kernel, 1, pad, bias=True, **quantize.arguments())
-    return [nn.BatchNorm2d(c_in, 1e-4), conv, nn.ReLU()]
+    return [nn.BatchNorm2d(c_in, 1e-4), quantize.conv2d(c_in, c_out, kernel, padding=pad, bias=True), nn.ReLU()]
 
 
 def build(image_shape: ImageShape, classes: int, quantize: Quantize | None) -> nn.Module:

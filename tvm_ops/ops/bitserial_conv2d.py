@@ -293,31 +293,28 @@ def compute_float(
     return te.compute(sums.shape, value, name="transformed")
 
 
-def bit_weight(
+def bit_threshold(
     values: NDArray[Any], product: Product, steps: Sequence[Step]
-) -> tuple[NDArray[np.uint32], Border, NDArray[np.int32]]:
-    """Weights, border and thresholds of `compute_bits`.
+) -> tuple[NDArray[np.int8], Border, NDArray[np.int32]]:
+    """Which filters are stored negated (-1), and the border and the thresholds of `compute_bits` for those.
 
-    bit = flip * dot >= at. A flipped filter is stored negated, which negates its dot, and dot >= at is
-    S <= (border - at) / factor, or factor S <= border - at + nonzeros D. Filters are filled up to whole words with
-    some whose bit is never 1.
+    bit = flip * dot >= at. A negated filter negates its dot, and dot >= at is S <= (border - at) / factor, or
+    factor S <= border - at + nonzeros D. Thresholds go on to whole words of filters, with some whose bit is never 1.
     """
     filters = len(values)
     threshold = output_transform.integer_threshold(steps, filters, product.limit(values[0].size))
-    values = values * threshold.flip.reshape(-1, 1, 1, 1)
-    edge = border(values, product)
+    edge = border(values * threshold.flip.reshape(-1, 1, 1, 1), product)
     most = edge.values - threshold.at
     most = most if product.nonzeros else most // product.factor
-    missing = -filters % WORD_BITS
-    most = np.pad(most, [(0, 0), (0, 0), (0, missing)], constant_values=_NEVER)
-    weight = np.pad(pack_weight(values, product.w), [*[(0, 0)] * 4, (0, missing)])
-    return weight, edge, most.astype(np.int32)
+    most = np.pad(most, [(0, 0), (0, 0), (0, -filters % WORD_BITS)], constant_values=_NEVER)
+    return threshold.flip, edge, most.astype(np.int32)
 
 
 def compute_bits(product: Product, edge: Border, x: Any, weight: Any, *rest: Any) -> Any:
     """The next layer's bits, uint32 [N, OH, OW, 1, O / 32].
 
-    weight, and the last of ``rest``, are those of `bit_weight`; before it comes `nonzeros` where ``product.nonzeros``.
+    weight: with the flips of `bit_threshold`, filled up to whole words. rest: `nonzeros` where ``product.nonzeros``,
+    then the thresholds.
     """
     from tvm import te
 
