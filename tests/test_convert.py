@@ -167,7 +167,7 @@ def test_converting_the_file_is_exporting_the_converted_checkpoint(
     assert (logits.argmax(1) == labels).mean() == pytest.approx(accuracy, abs=0.02)
 
 
-@pytest.mark.parametrize("activation", ["horq", "real"])
+@pytest.mark.parametrize("activation", ["binarynet", "real"])
 def test_a_scale_that_several_nodes_read_and_real_activations(activation: str, tmp_path: Path, seed: int) -> None:
     tables = TABLES | {"quantize": {"activation": activation, "group": 1}}
     model = recipe.parse(tables, "tiny").build((1, 8, 8), 10).eval()
