@@ -85,9 +85,9 @@ def _stored(path: Path) -> tuple[onnx.ModelProto, list[_Stored]]:
     found = []
     for name in dict.fromkeys(node.input[0] for node in ours if node.op_type == "GroupScale"):
         layer = name.removesuffix(".weight.scale")
-        words, scale = tensors.get(f"{layer}.weight.words"), tensors[name]
-        if words is None or words.dims[0] != 1:
-            continue  # weights of several planes are not +-1
+        words, scale = tensors.get(f"{layer}.weight.words"), tensors.get(name)
+        if words is None or scale is None or words.dims[0] != 1:
+            continue  # weights of several planes are not +-1, stacked ones have no words of their own
         nodes = [node for node in ours if node.op_type == "GroupScale" and node.input[0] == name]
         if (group := _attributes(nodes[0])["group"]) != 1:
             raise ValueError(

@@ -43,7 +43,7 @@ def measure(
     channels: Sequence[int],
     kernel: int,
     groups: Sequence[int],
-    rounds: int = 20,
+    rounds: int = 40,
     seed: int = 0,
     on_round: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Point]:

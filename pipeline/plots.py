@@ -56,22 +56,19 @@ def speedups(file: Path, word: int, group: int, measured: Sequence[Point] = (), 
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     for panel in others:
         ticks = sorted({p.channels for p in measured})
-        marks = zip(sorted({p.group for p in measured}), ("o", "x"), (BLUE, RED), strict=False)
-        for m, mark, colour in marks:
+        for m, mark, style in zip(sorted({p.group for p in measured}), ("o", "x"), ("--", "-"), strict=False):
             points = [p for p in measured if p.group == m]
-            panel.plot(
-                [p.channels for p in points],
-                [p.speedup for p in points],
-                mark + ("--" if m == 1 else "-"),
-                color=colour,
-                label=f"{points[0].kernel}x{points[0].kernel}, M = {m}",
-                markersize=9 if mark == "o" else 7,
-                markerfacecolor="none",
-            )
-        dress(panel, f"measured: both compiled, 14x14, 1 thread\n{cpu}", "channels", "times faster than float")
+            ours, theirs = [p.speedup for p in points], [p.onnxruntime_us / p.binary_us for p in points]
+            for gains, baseline, colour in ((ours, "ours", BLUE), (theirs, "ONNX Runtime's", GREY)):
+                label = f"M = {m}, over {baseline}"
+                panel.plot(ticks, gains, mark + style, color=colour, label=label, markersize=8, markerfacecolor="none")
+        kernel = measured[0].kernel
+        dress(
+            panel, f"measured: XNOR {kernel}x{kernel} at 14x14, 1 thread\n{cpu}", "channels", "times faster than float"
+        )
         _doubling_axis(panel, ticks)
         panel.set_ylim(0)
-        panel.legend(fontsize=8, frameon=False, loc="lower right")
+        panel.legend(fontsize=8, frameon=False)
     _save(figure, file)
 
 

@@ -58,6 +58,17 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
     return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
 
 
+def assert_same_network(a: Path, b: Path) -> None:
+    """The same nodes and tensors, but for the float32 rounding of shared scales: one was the mean of rounded ones."""
+    nodes = [[(n.op_type, list(n.input), list(n.attribute)) for n in onnx.load(path).graph.node] for path in (a, b)]
+    assert nodes[0] == nodes[1]
+    of_a, of_b = tensors(a), tensors(b)
+    assert list(of_a) == list(of_b)
+    for name, tensor in of_a.items():
+        assert (tensor.shape, tensor.dtype) == (of_b[name].shape, of_b[name].dtype)
+        np.testing.assert_allclose(tensor, of_b[name], rtol=2**-22 if name.endswith(".weight.scale") else 0)
+
+
 def scales_of(weight: np.ndarray) -> LayerScales:
     return LayerScales("layer", weight[0].size, np.abs(weight).mean((1, 2, 3)))
 
@@ -138,14 +149,12 @@ def test_converting_the_file_is_exporting_the_converted_checkpoint(
     convert.convert(run, tmp_path / "run", groups)
     converted = train.load(tmp_path / "run")
     export(converted.model, digits.image_shape, tmp_path / "run.onnx")
-    before, by_file, by_run = (tensors(f) for f in (run / "model.onnx", tmp_path / "file.onnx", tmp_path / "run.onnx"))
-    for name, tensor in by_run.items():
-        assert by_file[name].shape == tensor.shape
+    assert_same_network(tmp_path / "file.onnx", tmp_path / "run.onnx")
+    before = tensors(run / "model.onnx")
+    for name, tensor in tensors(tmp_path / "file.onnx").items():
         if name.endswith(".weight.scale"):
-            np.testing.assert_allclose(by_file[name], tensor, rtol=2**-22)
             assert len(tensor) == -(-len(before[name]) // groups[name.split(".")[0]])
         else:  # bits, batch norms and float layers are those of the filter-wise file
-            np.testing.assert_array_equal(by_file[name], tensor)
             np.testing.assert_array_equal(before[name], tensor)
     x = data.to_float(digits.test.images).numpy()
     logits, expected = (oracle(tmp_path / f).run(None, {"x": x})[0] for f in ("file.onnx", "run.onnx"))
@@ -156,6 +165,20 @@ def test_converting_the_file_is_exporting_the_converted_checkpoint(
     accuracy = train.evaluate(converted.model, digits.test.images, digits.test.labels)
     labels = digits.test.labels.numpy()
     assert (logits.argmax(1) == labels).mean() == pytest.approx(accuracy, abs=0.02)
+
+
+@pytest.mark.parametrize("activation", ["binarynet", "real"])
+def test_a_scale_that_several_nodes_read_and_real_activations(activation: str, tmp_path: Path, seed: int) -> None:
+    tables = TABLES | {"quantize": {"activation": activation, "group": 1}}
+    model = recipe.parse(tables, "tiny").build((1, 8, 8), 10).eval()
+    export(model, (1, 8, 8), tmp_path / "model.onnx")
+    layers = convert.layers(tmp_path / "model.onnx")
+    assert [len(layer.scales) for layer in layers] == [12, 20]
+    convert.convert(tmp_path / "model.onnx", tmp_path / "shared.onnx", pick(layers, 4, None))
+    shared = recipe.parse(tables | {"groups": {layer.name: 4 for layer in layers}}, "tiny").build((1, 8, 8), 10)
+    shared.load_state_dict(model.state_dict())
+    export(shared, (1, 8, 8), tmp_path / "expected.onnx")
+    assert_same_network(tmp_path / "shared.onnx", tmp_path / "expected.onnx")
 
 
 def test_m_of_every_layer_is_in_the_recipe(run: Path, tmp_path: Path) -> None:
