@@ -26,8 +26,10 @@ def randomise(model: nn.Module, rng: np.random.Generator) -> nn.Module:
         if isinstance(module, _BatchNorm):
             count = module.num_features
             gamma = rng.choice([-1.0, 0.0, 1e-6, 0.5, 1.0, 2.0], count) * rng.uniform(0.5, 1.5, count)
-            module.weight.data = torch.tensor(gamma, dtype=torch.float32)
-            module.bias.data = torch.tensor(rng.normal(0, 0.3, count) * rng.integers(0, 2, count), dtype=torch.float32)
+            if module.affine:
+                beta = rng.normal(0, 0.3, count) * rng.integers(0, 2, count)
+                module.weight.data = torch.tensor(gamma, dtype=torch.float32)
+                module.bias.data = torch.tensor(beta, dtype=torch.float32)
             module.running_mean = torch.tensor(rng.normal(0, 0.5, count), dtype=torch.float32)
             module.running_var = torch.tensor(rng.uniform(0.1, 3, count), dtype=torch.float32)
     return model.eval()
