@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 import tvm
 from onnx.reference import ReferenceEvaluator
-from tvm import relax, te
+from tvm import relax, te, tirx
 
 from pipeline import onnx_file
 from pipeline.values import (
@@ -458,8 +458,28 @@ def _reshape(e: Emitter, inputs: Sequence[Any], _: Attributes) -> Value:
 
 def _concat(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     rank, axis = len(inputs[0].shape), int(a["axis"])
+    if rank == 4 and axis % rank == 1 and len({i.shape for i in inputs}) == 1:
+        return _interleave(e, inputs)
     out = e.op(relax.op.concat([i.real() for i in inputs], _axis(axis, rank)))
     return Channelwise(Real(e, out, _logical_shape(out)))
+
+
+def _interleave(e: Emitter, inputs: Sequence[Any]) -> Value:
+    """Channels of equal maps behind each other, as one more axis first: a choice between whole vectors is no branch in
+    a vector (the windows of a 3x3 HORQ layer at 14x14x256: 1,350 us as a concatenation, 240 so, November 2026)."""
+    n, c, h, w = inputs[0].shape
+
+    def compute(*maps: Any) -> Any:
+        def chosen(i: Any, y: Any, x: Any, part: Any, k: Any) -> Any:
+            value = maps[-1][i, y, x, k]
+            for number, tensor in reversed(list(enumerate(maps[:-1]))):
+                value = tirx.if_then_else(part == number, tensor[i, y, x, k], value)
+            return value
+
+        return te.compute((n, h, w, len(maps), c), chosen, name="interleaved")
+
+    out = e.te("concat", compute, *(i.real() for i in inputs))
+    return _real(e, relax.op.reshape(out, (n, h, w, len(inputs) * c)), (n, len(inputs) * c, h, w))
 
 
 def _slice(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:

@@ -173,12 +173,33 @@ class Sum:
 
 @dataclass(frozen=True, eq=False)
 class StackedSum(Sum):
-    """The sums of a convolution with stacked filters, ``weights`` being what they expand to.
-
-    Filters are expanded at every call, in the kernel that convolves with them; what the library stores is the stack.
-    """
+    """The sums of a convolution with stacked filters, ``weights`` being what they expand to; stored is the stack."""
 
     stack: Stack
+
+    def words(self, steps: Sequence[Step]) -> relax.Expr:
+        if self.stack.selects:
+            return Real(self.emitter, self.stepped(()), self.shape).words(steps)
+        return super().words(steps)
+
+    def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
+        if not self.stack.selects:
+            return super().stepped(steps, finish)
+        stack, codes = self.stack, self.codes
+        parts = replace(codes, _words=[self._split()])
+        images = (stack.segments * self.shape[0], len(stack.bank), *self.shape[2:])
+        maps = Sum(self.emitter, parts, stack.bank.astype(np.int64), BINARY, self.geometry, images).stepped(())
+
+        def compute(*tensors: Any) -> Any:
+            return stacked_conv2d.select(stack, steps, *tensors, finish=finish)
+
+        return self.emitter.te("select", compute, maps, stack.stream(), *(step.value for step in steps))
+
+    def _split(self) -> relax.Expr:
+        def compute(x: Any) -> Any:
+            return stacked_conv2d.split(x, self.stack.channels, self.stack.segments)
+
+        return self.emitter.te("split", compute, self.codes.words())
 
     def _weight(self, flip: Array, filters: int) -> tuple[list[Array], Finish]:
         stack = self.stack
@@ -189,14 +210,13 @@ class StackedSum(Sum):
 
     def _words(self) -> relax.Expr:
         """Every segment in words of its own."""
-        words, stack = self.codes.words(), self.stack
-        if stack.channels % WORD_BITS == 0:
-            return words
+        if self.stack.channels % WORD_BITS == 0:
+            return self.codes.words()
 
-        def compute(x: Any) -> Any:
-            return stacked_conv2d.join(stacked_conv2d.split(x, stack.channels, stack.segments))
+        def compute(parts: Any) -> Any:
+            return stacked_conv2d.join(parts, self.stack.segments)
 
-        return self.emitter.te("split", compute, words)
+        return self.emitter.te("join", compute, self._split())
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,31 +112,42 @@ def _product(extents: list[int]) -> int:
     return total
 
 
-def _tile(columns: int, channels: int, unit: int, target: Target) -> tuple[int, int]:
+def _tile(columns: int, channels: int, unit: int, unpacks: bool, target: Target) -> tuple[int, int]:
     """Columns and channels, a multiple of ``unit``, of the register tile: the one with most operations per load whose
-    accumulators leave a quarter of the registers free."""
-    budget = target.registers * 3 // 4
+    accumulators leave a quarter of the registers free. Where weights are unpacked for it, the one with most columns,
+    which share that work, and an eighth of the registers free."""
+    budget = target.registers * 7 // 8 if unpacks else target.registers * 3 // 4
     tiles = [
         (_largest_divisor(columns, c), unit * lanes)
         for c in range(1, budget + 1)
         for lanes in {_largest_divisor(channels // unit, max(1, v * target.lanes // unit)) for v in (1, 2, 4)}
     ]
     vectors = {lanes: -(-lanes // target.lanes) for _, lanes in tiles}
-    fitting = [t for t in tiles if t[0] * vectors[t[1]] <= budget]
+    fitting = [t for t in tiles if t[0] * vectors[t[1]] <= budget] or [min(tiles)]
+    if unpacks:
+        return max(fitting)
     return max(fitting, key=lambda t: (t[0] * vectors[t[1]] / (t[0] + vectors[t[1]]), t[1]))
 
 
 def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sample: bool) -> None:
     consumers = sch.get_consumers(main)
+    sums = [int(v.dom.extent) for v in sch.get(main).iter_vars if v.iter_type == _DATA_PARALLEL]
+    spreads = bool(consumers) and not _packs(sch, consumers[0]) and _spreads(sch, consumers[0], sums)
+    if spreads:  # made at the consumer's tiles, the sums would be made again and again
+        _schedule_map(sch, consumers[0], target, threads)
+        consumers = []
+    if sums[-1] == 1 and _sum_across(sch, main, target):
+        return
     writer = consumers[0] if consumers else sch.cache_write(main, 0, "global")
     packs = _packs(sch, writer)
     unit = WORD_BITS if packs else 1  # so many channels make one step of the writer's last loop
-    whole = WORD_BITS if packs or sch.get(main).name_hint == bitweight_conv2d.BLOCK else 1  # and so many stay together
+    unpacks = sch.get(main).name_hint == bitweight_conv2d.BLOCK
+    whole = WORD_BITS if packs or unpacks else 1  # and so many stay together
     work = _product(_extents(sch, sch.get_loops(main))) // target.lanes
 
     *outer, channel = sch.get_loops(writer)
     *extents, words = _extents(sch, [*outer, channel])
-    wide, lanes = _tile(next((e for e in reversed(extents) if e > 1), 1), words * unit, whole, target)
+    wide, lanes = _tile(next((e for e in reversed(extents) if e > 1), 1), words * unit, whole, unpacks, target)
     inner = [_inner_channels(sch, channel, target, unit, whole, lanes, sample)]
     for axis, limit, size in zip(_last_axes(extents), (16, 4), (wide, 1), strict=False):
         factors = sch.sample_perfect_tile(outer[axis], 2, limit) if sample else [None, size]
@@ -155,6 +166,8 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     if window is not None and target.byte_counter is not None:
         _count_bytes(sch, main, spatial, reduction, window, target.byte_counter)
     else:
+        if unpacks:  # a vector tests the bits of one word
+            spatial[-1:] = sch.split(spatial[-1], [None, WORD_BITS])
         sch.reorder(*reduction, *spatial)
         _unroll_taps(sch, reduction, [int(v.dom.extent) for v in variables if v.iter_type == _REDUCTION], sample)
         sch.vectorize(spatial[-1])
@@ -163,6 +176,35 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
         sch.unroll(loop)
     if not packs:
         sch.vectorize(inner[-1])
+
+
+def _spreads(sch: Any, consumer: Any, sums: list[int]) -> bool:
+    """Whether a consumer broadcasts the sums."""
+    return _product(_extents(sch, sch.get_loops(consumer))) != _product(sums)
+
+
+def _sum_across(sch: Any, main: Any, target: Target) -> bool:
+    """Sum over channels, to one a pixel: a partial sum a lane, then the lanes. False: they fill no vectors."""
+    *_, channel = sch.get_loops(main)
+    if _extents(sch, [channel])[0] % target.lanes:
+        return False
+    _, lane = sch.split(channel, [None, target.lanes])
+    partial = sch.rfactor(lane, len(sch.get(main).iter_vars) - len(_reductions(sch, main)))
+    *_, pixel, _ = sch.get_loops(main)
+    sch.compute_at(partial, pixel, preserve_unit_loops=True)
+    variables = sch.get(partial).iter_vars
+    made = list(zip(sch.get_loops(partial)[-len(variables) :], variables, strict=True))
+    reduction = [loop for loop, v in made if v.iter_type == _REDUCTION]
+    spatial = [loop for loop, v in made if v.iter_type == _DATA_PARALLEL]
+    (vector,) = (loop for loop in spatial if _extents(sch, [loop]) == [target.lanes])
+    sch.reorder(*reduction, vector)
+    sch.vectorize(vector)
+    sch.decompose_reduction(partial, reduction[0])
+    return True
+
+
+def _reductions(sch: Any, block: Any) -> list[Any]:
+    return [v for v in sch.get(block).iter_vars if v.iter_type == _REDUCTION]
 
 
 def _window(sch: Any, main: Any, target: Target, lanes: int) -> adder_network.Window | None:

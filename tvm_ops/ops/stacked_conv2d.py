@@ -5,8 +5,8 @@ A filter is a stack of S out of a bank of M filters of D channels, so S * D chan
     expand   the words of all filters are gathered from the bank at every call, then convolved as any signs
     select   every segment of the activations is convolved with the bank, then S of the S M sums are added a filter
 
-``select`` does M / O of the bit operations, but gathers O S integers a pixel, which no CPU vector does well; ``expand``
-gathers once a call. Words of a segment are its own: where D fills no whole word, activations are moved apart.
+``select`` does M / O of the bit operations, but gathers O S sums a pixel, which no CPU vector does well; ``expand``
+gathers once a call. `Stack.selects` weighs the two. Words of a segment are its own: where D fills no whole word, activations are moved apart.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from numpy.typing import NDArray
 from tvm_ops import output_transform
 from tvm_ops.bitplanes import WORD_BITS
 from tvm_ops.output_transform import Step
+
+
+# Words that are counted in the time of one gathered sum. Cascade Lake, November 2026: 7x7x512, s = 4, rho = 8 takes
+# 196 us by select and 513 by expand; 14x14x256, s = 4, rho = 4, at (1 - 1/4) 18 = 13.5, 429 and 446; 28x28x128 more.
+_GATHER = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +44,13 @@ class Stack:
     def channels(self) -> int:
         """D."""
         return self.bank.shape[1]
+
+    @property
+    def selects(self) -> bool:
+        """Which way takes less: filters that need not be convolved with, in words a selection, against its gather."""
+        filters, bank = len(self.indices), len(self.bank)
+        words = -(-self.channels // WORD_BITS) * int(np.prod(self.bank.shape[2:]))
+        return (1 - bank / filters) * words > _GATHER
 
     @property
     def index_bits(self) -> int:
@@ -78,32 +90,34 @@ def _index(stream: Any, bits: int, number: Any) -> Any:
 
 
 def split(x: Any, channels: int, segments: int) -> Any:
-    """Words of their own for every segment: uint32 [N, H, W, P, words] -> [S, N, H, W, P, ceil(D / 32)]."""
+    """Every segment as an image of its own: uint32 [N, H, W, P, words] -> [S N, H, W, P, ceil(D / 32)]."""
     from tvm import te, tirx
 
-    n, h, w, planes, words = (int(extent) for extent in x.shape)
-    own = -(-channels // WORD_BITS)
+    images, h, w, planes, words = (int(extent) for extent in x.shape)
 
-    def word(s: Any, n: Any, h: Any, w: Any, p: Any, k: Any) -> Any:
-        first = s * channels + k * WORD_BITS
+    def word(i: Any, h: Any, w: Any, p: Any, k: Any) -> Any:
+        first = tirx.floordiv(i, images) * channels + k * WORD_BITS
         at, shift = tirx.floordiv(first, WORD_BITS), tirx.Cast("uint64", tirx.floormod(first, WORD_BITS))
-        low, high = (tirx.Cast("uint64", x[n, h, w, p, tirx.min(at + i, words - 1)]) for i in (0, 1))
+        low, high = (
+            tirx.Cast("uint64", x[tirx.floormod(i, images), h, w, p, tirx.min(at + step, words - 1)]) for step in (0, 1)
+        )
         both = (high << tirx.const(WORD_BITS, "uint64")) | low
         left = tirx.Cast("uint64", tirx.min(channels - k * WORD_BITS, WORD_BITS))
         one = tirx.const(1, "uint64")
         return tirx.Cast("uint32", (both >> shift) & ((one << left) - one))
 
-    return te.compute((segments, n, h, w, planes, own), word, name="split")
+    return te.compute((segments * images, h, w, planes, -(-channels // WORD_BITS)), word, name="split")
 
 
-def join(parts: Any) -> Any:
-    """The segments of `split` behind each other: uint32 [N, H, W, P, S ceil(D / 32)]."""
+def join(parts: Any, segments: int) -> Any:
+    """The segments of `split` behind each other: [S N, H, W, P, words] -> [N, H, W, P, S words]."""
     from tvm import te, tirx
 
-    segments, n, h, w, planes, own = (int(extent) for extent in parts.shape)
+    images, h, w, planes, own = (int(extent) for extent in parts.shape)
+    n = images // segments
 
-    def word(n: Any, h: Any, w: Any, p: Any, k: Any) -> Any:
-        return parts[tirx.floordiv(k, own), n, h, w, p, tirx.floormod(k, own)]
+    def word(i: Any, h: Any, w: Any, p: Any, k: Any) -> Any:
+        return parts[tirx.floordiv(k, own) * n + i, h, w, p, tirx.floormod(k, own)]
 
     return te.compute((n, h, w, planes, segments * own), word, name="joined")
 
