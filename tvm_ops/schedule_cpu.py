@@ -21,6 +21,8 @@ from tvm_ops.ops import bitpack, bitserial_conv2d, bitweight_conv2d
 _DATA_PARALLEL, _REDUCTION = 0, 2
 # A fork and join of TVM's thread pool takes some 5 us, in which a core does about this many vector operations.
 _MIN_PARALLEL_STEPS = 16384
+# From so many pixels on, a tile of packed weights is better unpacked to cache than in registers again and again.
+_MANY_PIXELS = 32
 
 
 def schedule(sch: Any, target: Target, threads: int, sample: bool = False) -> None:
@@ -38,7 +40,8 @@ def schedule(sch: Any, target: Target, threads: int, sample: bool = False) -> No
         return
     main = reductions[0] if reductions else None
     for block in _inline(sch, blocks):
-        if main is None or not (sch.get(block).same_as(sch.get(main)) or _consumes(sch, block, main)):
+        alone = main is None or not (sch.get(block).same_as(sch.get(main)) or _consumes(sch, block, main))
+        if alone and sch.get(block).name_hint != bitweight_conv2d.UNPACKED:
             _schedule_map(sch, block, target, threads)
     if main is not None:
         _schedule_reduction(sch, main, target, threads, sample)
@@ -112,11 +115,10 @@ def _product(extents: list[int]) -> int:
     return total
 
 
-def _tile(columns: int, channels: int, unit: int, unpacks: bool, target: Target) -> tuple[int, int]:
+def _tile(columns: int, channels: int, unit: int, target: Target) -> tuple[int, int]:
     """Columns and channels, a multiple of ``unit``, of the register tile: the one with most operations per load whose
-    accumulators leave a quarter of the registers free. Where weights are unpacked for it, the one with most columns,
-    which share that work, and an eighth of the registers free."""
-    budget = target.registers * 7 // 8 if unpacks else target.registers * 3 // 4
+    accumulators leave a quarter of the registers free."""
+    budget = target.registers * 3 // 4
     tiles = [
         (_largest_divisor(columns, c), unit * lanes)
         for c in range(1, budget + 1)
@@ -124,8 +126,6 @@ def _tile(columns: int, channels: int, unit: int, unpacks: bool, target: Target)
     ]
     vectors = {lanes: -(-lanes // target.lanes) for _, lanes in tiles}
     fitting = [t for t in tiles if t[0] * vectors[t[1]] <= budget] or [min(tiles)]
-    if unpacks:
-        return max(fitting)
     return max(fitting, key=lambda t: (t[0] * vectors[t[1]] / (t[0] + vectors[t[1]]), t[1]))
 
 
@@ -147,21 +147,33 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
 
     *outer, channel = sch.get_loops(writer)
     *extents, words = _extents(sch, [*outer, channel])
-    wide, lanes = _tile(next((e for e in reversed(extents) if e > 1), 1), words * unit, whole, unpacks, target)
+    wide, lanes = _tile(next((e for e in reversed(extents) if e > 1), 1), words * unit, whole, target)
     inner = [_inner_channels(sch, channel, target, unit, whole, lanes, sample)]
     for axis, limit, size in zip(_last_axes(extents), (16, 4), (wide, 1), strict=False):
         factors = sch.sample_perfect_tile(outer[axis], 2, limit) if sample else [None, size]
         outer[axis], inside = sch.split(outer[axis], factors)
         inner.insert(0, inside)
     channel_outer, inner[-1] = sch.split(channel, [None, inner[-1]])
-    sch.reorder(*outer, channel_outer, *inner)
-    sch.compute_at(main, channel_outer, preserve_unit_loops=True)
+    outer.append(channel_outer)
+    shared = outer
+    if unpacks and _product(extents) >= _MANY_PIXELS:  # filters first: a tile of them is unpacked once for all pixels
+        outer = [channel_outer, *outer[:-1]]
+        shared = outer[:1]
+    sch.reorder(*outer, *inner)
+    sch.compute_at(main, outer[-1], preserve_unit_loops=True)
+    if unpacks:
+        unpacked = sch.get_sblock(bitweight_conv2d.UNPACKED)
+        if shared is outer:
+            sch.compute_inline(unpacked)
+        else:
+            sch.compute_at(unpacked, channel_outer, preserve_unit_loops=True)
+            sch.vectorize(sch.get_loops(unpacked)[-1])
 
-    loops = sch.get_loops(main)[len(outer) + 1 :]
+    loops = sch.get_loops(main)[len(outer) :]
     variables = sch.get(main).iter_vars
     spatial = [loop for loop, v in zip(loops, variables, strict=True) if v.iter_type == _DATA_PARALLEL]
     reduction = [loop for loop, v in zip(loops, variables, strict=True) if v.iter_type == _REDUCTION]
-    _share(sch, outer, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
+    _share(sch, shared, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
     window = _window(sch, main, target, lanes)
     if window is not None and target.byte_counter is not None:
         _count_bytes(sch, main, spatial, reduction, window, target.byte_counter)

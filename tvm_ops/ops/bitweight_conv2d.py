@@ -3,8 +3,8 @@
     w = shift + sum_p worth_p * bit_p
 
 Words hold the bits of 32 neighbouring filters: [ceil(O / 32), KH, KW, P, C]. A vector of filters tests its bits of a
-word and selects the weights in registers, once for all pixels of a tile; and a dense layer reads 1 bit a weight where a
-float one reads 32. A dense layer is the 1x1 convolution of a 1x1 image.
+word and selects the weights. For few pixels that happens in registers, so a dense layer (the 1x1 convolution of a 1x1
+image) reads 1 bit a weight where a float one reads 32; for many, once for 32 filters, into a buffer in cache.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from tvm_ops.output_transform import Step
 
 BLOCK = "bit_weighted"
 """The TIR block of the sum, by which schedules know that its channels come in whole words."""
+
+UNPACKED = "unpacked"
+"""The TIR block of the weights as floats, never a whole tensor: schedules make it in registers, or a tile in cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,10 +94,9 @@ def compute(
     (kh, kw), (sy, sx), (dy, dx) = geometry.kernel, geometry.strides, geometry.dilations
     ry, rx, rc = te.reduce_axis((0, kh), "ry"), te.reduce_axis((0, kw), "rx"), te.reduce_axis((0, x.shape[3]), "rc")
 
-    def weight(o: Any) -> Any:
+    def unpacked(word: Any, row: Any, column: Any, c: Any, lane: Any) -> Any:
         def chosen(plane: int, one: float, zero: float) -> Any:
-            shift = tirx.Cast("uint32", tirx.floormod(o, WORD_BITS))
-            bit = (words[tirx.floordiv(o, WORD_BITS), ry, rx, plane, rc] >> shift) & tirx.const(1, "uint32")
+            bit = (words[word, row, column, plane, c] >> tirx.Cast("uint32", lane)) & tirx.const(1, "uint32")
             low, high = tirx.const(zero, "float32"), tirx.const(one, "float32")
             return tirx.Select(bit != tirx.const(0, "uint32"), high, low)
 
@@ -103,11 +105,13 @@ def compute(
             total = total + chosen(plane, worth, 0.0)
         return total
 
-    sums = te.compute(
-        (x.shape[0], *geometry.output, words.shape[0] * WORD_BITS),
-        lambda n, h, w, o: te.sum(x[n, h * sy + ry * dy, w * sx + rx * dx, rc] * weight(o), axis=[ry, rx, rc]),
-        name=BLOCK,
-    )
+    floats = te.compute((words.shape[0], kh, kw, x.shape[3], WORD_BITS), unpacked, name=UNPACKED)
+
+    def product(n: Any, h: Any, w: Any, o: Any) -> Any:
+        weight = floats[tirx.floordiv(o, WORD_BITS), ry, rx, rc, tirx.floormod(o, WORD_BITS)]
+        return te.sum(x[n, h * sy + ry * dy, w * sx + rx * dx, rc] * weight, axis=[ry, rx, rc])
+
+    sums = te.compute((x.shape[0], *geometry.output, words.shape[0] * WORD_BITS), product, name=BLOCK)
 
     def value(n: Any, h: Any, w: Any, o: Any) -> Any:
         return finish(output_transform.emit(steps, constants, sums[n, h, w, o], o))
