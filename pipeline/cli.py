@@ -344,9 +344,9 @@ def methods(as_json: Json = False) -> None:
 
     Example: crossbit methods
     """
-    from pipeline import quantizers
+    from pipeline import quantizers, stacked
 
-    found = quantizers.methods()
+    found = {**quantizers.methods(), "stacked": stacked.METHOD}
     if as_json:
         _print_json([{"name": name, "bits": m.bits, **dataclasses.asdict(m)} for name, m in found.items()])
         return

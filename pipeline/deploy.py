@@ -96,7 +96,7 @@ class _Deployed(nn.Module):
 
         codes of one scale       y = scale_g * sums
         residual planes          y = sum_j (scale_g * sums_j) * b_j
-        codes -1 of their own    every scale_g * sums becomes scale_g * sums of codes > 0 - negative_g * sums of the rest
+        codes < 0 of their own   scale_g * sums becomes scale_g * sums of codes > 0 less negative_g * sums of the rest
         real activations         y = scale_g * (x times codes), a float sum
 
     Raises:
@@ -165,7 +165,7 @@ def _check_limit(layer: nn.Module, code: Code | None, weight: CodedWeight) -> No
     largest = 0 if code is None else weight.codes[0].numel() * code.largest * weight.code.largest
     if largest >= 1 << 24:
         raise ValueError(
-            f"{layer}: its sums may reach {largest}, and float32 holds integers only to 2^24: use fewer bits or channels"
+            f"{layer}: sums may reach {largest}, and float32 holds integers only to 2^24: use fewer bits or channels"
         )
 
 
@@ -207,10 +207,10 @@ class BitLinear(_Deployed):
 
 
 class BitStackedConv2d(nn.Module):
-    """A deployed `StackedConv2d`: the bank, 1 bit an entry, and the indices into it, as few bits as tell its filters apart.
+    """A deployed `StackedConv2d`: the bank, 1 bit an entry, and as few bits an index as tell its filters apart.
 
-        scale 'none', 'filter'        y = [scale_g *] sums
-        scale 'selection', 'bank'     y = sum_j a_tj * sums_tj, j the segment
+    scale 'none', 'filter'        y = [scale_g *] sums
+    scale 'selection', 'bank'     y = sum_j a_tj * sums_tj, j the segment
     """
 
     words: Tensor
@@ -255,7 +255,11 @@ class BitStackedConv2d(nn.Module):
         return (sums if self.activation.code is None else _accumulator(sums)) * scale.view(-1, 1, 1)
 
     def _filters(self, j: int) -> Tensor:
-        bank, words, segments = self.bank.codes(), self.get_buffer(f"indices{j}"), 1 if self.per_segment else self.segments
+        bank, words, segments = (
+            self.bank.codes(),
+            self.get_buffer(f"indices{j}"),
+            1 if self.per_segment else self.segments,
+        )
         filters, d, kh, kw = self.shape
         if torch.onnx.is_in_onnx_export():
             attributes = {"filters": filters, "segments": segments, "bits": index_bits(self.bank_size)}

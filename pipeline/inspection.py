@@ -69,7 +69,9 @@ def _packed(node: ir.Node) -> list[ir.Node]:
         if producer is not None:
             found += [producer] if producer.domain == opset.DOMAIN else []
             values += producer.inputs
-    return sorted(found, key=lambda n: n.op_type != "UnpackCodes") if "UnpackCodes" in {n.op_type for n in found} else []
+    return (
+        sorted(found, key=lambda n: n.op_type != "UnpackCodes") if "UnpackCodes" in {n.op_type for n in found} else []
+    )
 
 
 def _layer(nodes: list[ir.Node]) -> Layer:

@@ -21,9 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.layers import activation_quantizer, pad
-from pipeline.quantizers import ResidualQuantizer, sign
+from pipeline.quantizers import Method, ResidualQuantizer, sign
 
 Scale = Literal["none", "filter", "selection", "bank"]
+
+
+METHOD = Method(
+    title="SLBF",
+    weight="stacked",
+    activation="xnor",
+    weight_levels="-a, +a",
+    activation_levels="-1, +1",
+    weight_bits=1,
+    activation_bits=1,
+    operations="XOR, bitcount",
+    formula="filters of s segments, each one of m shared sign(R); 1 / (rho s) + log2(m) / (d k^2) bits a weight",
+    source="Lan and Lan 2021, arXiv 2010.02778",
+)
 
 
 @dataclass(frozen=True)

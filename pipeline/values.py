@@ -151,7 +151,7 @@ class Sum:
         return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
 
     def _weight(self, flip: Array, filters: int) -> tuple[list[Array], Finish]:
-        """What is stored of the weights, negated where ``flip`` < 0 and filled up to ``filters``, and how a kernel makes
+        """What is stored of the weights, negated where ``flip`` < 0 and filled up to ``filters``, and how kernels make
         their words of it."""
         words = bitserial_conv2d.pack_weight(self.weights * flip.reshape(-1, 1, 1, 1), self.code)
         return [np.pad(words, [*[(0, 0)] * 4, (0, filters - len(flip))])], lambda weight: weight
@@ -205,7 +205,7 @@ class StackedSum(Sum):
         stack = self.stack
         words = np.zeros(filters, np.uint32)
         words[: len(flip)] = np.where(flip < 0, 0xFFFFFFFF, 0)
-        arrays = [bitserial_conv2d.pack_weight(stack.bank), stack.stream(), words]
+        arrays: list[Array] = [bitserial_conv2d.pack_weight(stack.bank), stack.stream(), words]
         return arrays, lambda bank, stream, flipped: stacked_conv2d.expand(stack, bank, stream, flipped)
 
     def _words(self) -> relax.Expr:

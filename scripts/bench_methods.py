@@ -63,7 +63,9 @@ def compiled(model: Any, shape: tuple[int, ...], folder: Path, rng: np.random.Ge
     found, expected = machine["main"](tensor).numpy(), oracle(path).run(None, {"x": x})[0]
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not error < 1e-4:
-        raise SystemExit(f"{model}: differs from ONNX Runtime by {error:.3g} of its largest output, so nothing is timed")
+        raise SystemExit(
+            f"{model}: differs from ONNX Runtime by {error:.3g} of its largest output, so nothing is timed"
+        )
 
     def seconds(calls: int) -> float:
         return float(machine.time_evaluator("main", tvm.cpu(), number=calls, repeat=1)(tensor).mean)

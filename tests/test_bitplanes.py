@@ -130,5 +130,5 @@ def test_unpacking_does_not_need_contiguous_words(seed: int) -> None:
 @pytest.mark.parametrize("side", ["a", "w"])
 def test_planes_that_do_not_fit_the_code_are_refused(side: str) -> None:
     two, one = pack(np.ones((2, 8))), pack(np.ones((1, 8)))
-    with pytest.raises(ValueError, match="argument 2 is (shorter|longer)"):
+    with pytest.raises(ValueError, match=r"argument 2 is (shorter|longer)"):
         dot(*((two, one) if side == "a" else (one, two)), 8)

@@ -141,7 +141,7 @@ def test_targets(crossbit: Crossbit) -> None:
 
 def test_methods(crossbit: Crossbit) -> None:
     listed = crossbit("methods", "--json")
-    assert [method["name"] for method in listed.json] == list(quantizers.methods())
+    assert [method["name"] for method in listed.json] == [*quantizers.methods(), "stacked"]
     assert {"1w1a", "1w2a", "1w32a", "2w32a"} == {method["bits"] for method in listed.json}
     table = crossbit("methods").out
     assert all(method["source"] in table for method in listed.json)

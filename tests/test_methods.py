@@ -72,7 +72,9 @@ def test_a_convolution_and_a_dense_layer(
 @pytest.mark.parametrize("activation", ["xnor", "tbn", "dorefa"])
 @pytest.mark.parametrize("scale", get_args(Scale))
 @pytest.mark.parametrize("segments", [1, 2, 5])
-def test_stacked_filters(segments: int, scale: Scale, activation: str, rng: np.random.Generator, tmp_path: Path) -> None:
+def test_stacked_filters(
+    segments: int, scale: Scale, activation: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
     """Segments that fill no word and such that do, selected (large ones) and expanded."""
     d, bank, filters = int(rng.choice([3, 32, 40, 96])), int(rng.choice([2, 5, 16])), int(rng.choice([31, 64]))
     layer = StackedConv2d(

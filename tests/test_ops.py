@@ -17,7 +17,7 @@ from tvm.s_tir import Schedule
 import targets
 from pipeline.compiler import default_schedule
 from tvm_ops import schedule_cpu
-from tvm_ops.bitplanes import BINARY, TERNARY, Code, encode, odd, pack, unpack, unsigned
+from tvm_ops.bitplanes import BINARY, TERNARY, Code, encode, odd, pack, unsigned
 from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, quantize
 from tvm_ops.ops.bitserial_conv2d import Geometry, Product
 from tvm_ops.output_transform import Step, Threshold, apply
@@ -255,7 +255,11 @@ def test_border_constants(
 def test_the_border_of_a_padded_3x3_has_3x3_entries(rng: np.random.Generator) -> None:
     geometry = Geometry((32, 32), (3, 3), (1, 1), (1, 1, 1, 1))
     assert bitserial_conv2d.border(signs(rng, 4, 8, 3, 3), Product(geometry)).values.shape == (3, 3, 4)
-    assert bitserial_conv2d.border(signs(rng, 4, 8, 3, 3), Product(Geometry((32, 32), (3, 3)))).values.shape == (1, 1, 4)
+    assert bitserial_conv2d.border(signs(rng, 4, 8, 3, 3), Product(Geometry((32, 32), (3, 3)))).values.shape == (
+        1,
+        1,
+        4,
+    )
 
 
 def test_filters_that_fill_a_word_never_give_a_bit(rng: np.random.Generator) -> None:

@@ -13,7 +13,6 @@ and one vector of filters, and the network is how.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ class Window:
     width: int
     words: int
     dilations: tuple[int, int]
-    planes: Planes = Planes()
+    planes: Planes
 
     @property
     def name(self) -> str:
@@ -41,9 +40,7 @@ class Window:
         return f"popcounts_{self.height}x{self.width}x{self.words}_{dy}_{dx}_{meeting}"
 
 
-def window(
-    kernel: tuple[int, int], words: int, dilations: tuple[int, int], planes: Planes = Planes()
-) -> Window | None:
+def window(kernel: tuple[int, int], words: int, dilations: tuple[int, int], planes: Planes) -> Window | None:
     """The largest window of whole kernel rows that bytes can count; None for a row of more than 31 taps, or for more
     planes than are worth it."""
     height, width = kernel if kernel[0] * kernel[1] <= MOST_WORDS else (1, kernel[1])
@@ -97,9 +94,7 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
         wp = T.int32()
         wk = T.int32()
         pixel = T.match_buffer(x, (height, width, px, words), "uint32", offset_factor=1, strides=[xy, xx, xp, 1])
-        filters = T.match_buffer(
-            w, (kh, kw, pw, words, lanes), "uint32", offset_factor=1, strides=[wy, wx, wp, wk, 1]
-        )
+        filters = T.match_buffer(w, (kh, kw, pw, words, lanes), "uint32", offset_factor=1, strides=[wy, wx, wp, wk, 1])
         out = T.match_buffer(sums, (lanes,), "int32", offset_factor=1)
         with T.sblock("root"):
             T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:words], filters[0:kh, 0:kw, 0:pw, 0:words, 0:lanes])

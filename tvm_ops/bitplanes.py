@@ -71,7 +71,7 @@ def encode(values: NDArray[Any], code: Code) -> NDArray[np.bool_]:
     Raises:
         ValueError: a value that the code lacks.
     """
-    patterns = {}
+    patterns: dict[int, tuple[bool, ...]] = {}
     for pattern in product((False, True), repeat=code.bits):
         patterns.setdefault(sum(r for r, bit in zip(code.ratios, pattern, strict=True) if bit) + code.shift, pattern)
     known = np.array(sorted(patterns))
@@ -115,14 +115,14 @@ def dot(
         <x, y> = sum_pq r_p r_q popcount(a_p & w_q) + shift_w sum_p r_p popcount(a_p)
                + shift_a sum_q r_q popcount(w_q) + count shift_a shift_w
     """
-    ones_a = sum(r * _ones(plane) for r, plane in zip(a_code.ratios, a, strict=True))
-    ones_w = sum(r * _ones(plane) for r, plane in zip(w_code.ratios, w, strict=True))
-    both = sum(
-        p * q * _ones(x & y)
-        for p, x in zip(a_code.ratios, a, strict=True)
-        for q, y in zip(w_code.ratios, w, strict=True)
-    )
-    return both + w_code.shift * ones_a + a_code.shift * ones_w + count * a_code.shift * w_code.shift
+    result: NDArray[np.int64] = np.full((), count * a_code.shift * w_code.shift, np.int64)
+    for p, x in zip(a_code.ratios, a, strict=True):
+        result = result + p * w_code.shift * _ones(x)
+        for q, y in zip(w_code.ratios, w, strict=True):
+            result = result + p * q * _ones(x & y)
+    for q, y in zip(w_code.ratios, w, strict=True):
+        result = result + q * a_code.shift * _ones(y)
+    return result
 
 
 def _ones(words: NDArray[np.unsignedinteger]) -> NDArray[np.int64]:

@@ -48,11 +48,12 @@ def schedule(sch: Any, target: Target, threads: int, sample: bool = False) -> No
 
 
 def has_reduction(mod: Any) -> bool:
-    """Whether the function ``main`` of ``mod`` sums anything, so that there is a loop nest worth searching."""
+    """Whether the function ``main`` of ``mod`` sums to channels, so that there is a loop nest worth searching."""
     from tvm.s_tir import Schedule
 
     sch = Schedule(mod)
-    return any(_is_reduction(sch, block) for block in sch.get_child_blocks(sch.get_sblock("root")))
+    blocks = [block for block in sch.get_child_blocks(sch.get_sblock("root")) if _is_reduction(sch, block)]
+    return any(_sums(sch, block)[-1] > 1 for block in blocks)
 
 
 def _is_reduction(sch: Any, block: Any) -> bool:
@@ -131,7 +132,7 @@ def _tile(columns: int, channels: int, unit: int, target: Target) -> tuple[int, 
 
 def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sample: bool) -> None:
     consumers = sch.get_consumers(main)
-    sums = [int(v.dom.extent) for v in sch.get(main).iter_vars if v.iter_type == _DATA_PARALLEL]
+    sums = _sums(sch, main)
     spreads = bool(consumers) and not _packs(sch, consumers[0]) and _spreads(sch, consumers[0], sums)
     if spreads:  # made at the consumer's tiles, the sums would be made again and again
         _schedule_map(sch, consumers[0], target, threads)
@@ -213,6 +214,11 @@ def _sum_across(sch: Any, main: Any, target: Target) -> bool:
     sch.vectorize(vector)
     sch.decompose_reduction(partial, reduction[0])
     return True
+
+
+def _sums(sch: Any, block: Any) -> list[int]:
+    """The shape of what a reduction gives."""
+    return [int(v.dom.extent) for v in sch.get(block).iter_vars if v.iter_type == _DATA_PARALLEL]
 
 
 def _reductions(sch: Any, block: Any) -> list[Any]:

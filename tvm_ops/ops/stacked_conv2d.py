@@ -1,12 +1,13 @@
 """Convolution with stacked binary filters (SLBF), which stay a bank and packed indices in the library.
 
-A filter is a stack of S out of a bank of M filters of D channels, so S * D channels in all (arXiv 2010.02778). Two ways:
+A filter is a stack of S out of a bank of M filters of D channels, of S D channels in all (arXiv 2010.02778). Two ways:
 
     expand   the words of all filters are gathered from the bank at every call, then convolved as any signs
     select   every segment of the activations is convolved with the bank, then S of the S M sums are added a filter
 
 ``select`` does M / O of the bit operations, but gathers O S sums a pixel, which no CPU vector does well; ``expand``
-gathers once a call. `Stack.selects` weighs the two. Words of a segment are its own: where D fills no whole word, activations are moved apart.
+gathers once a call. `Stack.selects` weighs the two. Words of a segment are its own: where D fills no whole word,
+activations are moved apart.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from numpy.typing import NDArray
 from tvm_ops import output_transform
 from tvm_ops.bitplanes import WORD_BITS
 from tvm_ops.output_transform import Step
-
 
 # Words that are counted in the time of one gathered sum. Cascade Lake, November 2026: 7x7x512, s = 4, rho = 8 takes
 # 196 us by select and 513 by expand; 14x14x256, s = 4, rho = 4, at (1 - 1/4) 18 = 13.5, 429 and 446; 28x28x128 more.
