@@ -75,7 +75,8 @@ def _packed(node: ir.Node) -> list[ir.Node]:
 
 
 def _layer(nodes: list[ir.Node]) -> Layer:
-    node, packed = nodes[0], _packed(nodes[0])
+    node = nodes[0]
+    packed = list({id(made): made for n in nodes for made in _packed(n)}.values())
     weight = node.inputs[1]
     assert weight is not None
     weights = int(np.prod(onnx_file.shape(weight)))
@@ -86,11 +87,13 @@ def _layer(nodes: list[ir.Node]) -> Layer:
     activation_bits = sum(_BITS[made.op_type](made) for made in codes.values()) or 32
     method, stored, parameter = "float", 4 * weights, weight
     if packed:
+        stacks = [made for made in packed if made.op_type == "StackFilters"]
+        weights *= max(1, len(stacks))  # one for all segments, or one each
         scales = {id(s): s for n in nodes for s in (*_packed(n), *_scales(n)) if s.op_type == "GroupScale"}
-        constants = {id(v): v for n in (*packed, *scales.values()) for v in n.inputs if v is not None}
+        constants = {id(v): v for made in (*packed, *scales.values()) for v in made.inputs if v is not None}
         stored = sum(_bytes(v) for v in constants.values() if v.const_value is not None)
         parameter = packed[0].inputs[0]
-        method = f"{onnx_file.shape(parameter)[0]}w{activation_bits}a"
+        method = f"{_stack(stacks, parameter) or onnx_file.shape(parameter)[0]}w{activation_bits}a"
         if scales:
             method += f"/{min(min(int(s.attributes['group'].value) for s in scales.values()), filters)}"
     why = _why(weight, bool(packed), activation_bits)
@@ -107,10 +110,20 @@ def _layer(nodes: list[ir.Node]) -> Layer:
     )
 
 
+def _stack(stacks: list[ir.Node], bank: ir.Value | None) -> str:
+    """'slbf-S-RHO' for filters that are stacked of S segments, RHO times as many as the bank has; '' for others."""
+    if not stacks:
+        return ""
+    assert bank is not None
+    filters, size = int(stacks[0].attributes["filters"].value), onnx_file.shape(bank)[1]
+    segments = sum(int(made.attributes["segments"].value) for made in stacks)
+    return f"slbf-{segments}-{filters / size:g}"
+
+
 def _name(node: ir.Node, parameter: ir.Value | None) -> str:
     """The layer's name in torch, which its weights carry; else the node's."""
     if parameter is not None and parameter.const_value is not None and "." in str(parameter.name):
-        return str(parameter.name).removesuffix(".words").removesuffix(".weight")
+        return str(parameter.name).removesuffix(".words").removesuffix(".weight").removesuffix(".bank")
     return node.name or node.outputs[0].name or node.op_type
 
 

@@ -14,8 +14,14 @@ import torch
 from networks import assert_identical, dyadic, outputs, randomise
 from torch import nn
 
-from pipeline import quantizers
+import targets
+from pipeline import compiler, importer, inspection, models, quantizers
+from pipeline.data import to_float
+from pipeline.deploy import deploy
+from pipeline.export import export
 from pipeline.layers import QuantConv2d, QuantLinear
+from pipeline.models import Quantize
+from pipeline.quantizers import ResidualQuantizer
 from pipeline.stacked import Scale, StackedConv2d
 
 WEIGHTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in quantizers.weights()]
@@ -67,6 +73,61 @@ def test_a_convolution_and_a_dense_layer(
     assert np.isfinite(results[0]).all()
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], rtol=0, atol=tolerance(activation[0]) * np.abs(results[0]).max())
+
+
+@pytest.mark.parametrize("activation", [name for name, kind in quantizers.activations().items() if kind.code])
+def test_codes_of_zeros_infinities_and_nan(activation: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    """The body in the file, and the compiled pattern, against torch's formula."""
+    layer = QuantConv2d(40, 8, 1, activation=activation)
+    if isinstance(layer.activation_quantizer, ResidualQuantizer):
+        pytest.skip("its planes are BinarySign's, and its scales means, of which a NaN leaves nothing")
+    special = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 0.5, -0.5, 1.0, -1.0, 0.4 * (2 / np.pi) ** 0.5]
+    x = np.where(rng.random((2, 40, 5, 4)) < 0.5, rng.choice(special, (2, 40, 5, 4)), rng.normal(0, 1, (2, 40, 5, 4)))
+    assert_identical(layer.eval(), x.astype(np.float32), tmp_path)
+
+
+@pytest.mark.parametrize("activation", ["xnor", "real", "tbn"])
+def test_first_and_last_layer(activation: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    """An 8-bit image as bit planes; on all images that there are, exactly."""
+    quantize = Quantize(activation=activation, group=4, first=True, last=True)
+    model = randomise(models.build("vgg_small", (3, 8, 8), 10, quantize, widths=(24, 33, 64), pool_after=(0, 2)), rng)
+    images = torch.from_numpy(rng.integers(0, 256, (2, 3, 8, 8)).astype(np.uint8))
+    by_torch, *others = outputs(model, to_float(images).numpy(), tmp_path)
+    assert by_torch.std() > 0
+    for other in others:
+        np.testing.assert_allclose(other, by_torch, rtol=0, atol=1e-5 * np.abs(by_torch).max())
+    layers = inspection.inspect(tmp_path / "model.onnx").layers
+    assert all(layer.method != "float" for layer in layers)
+    assert layers[0].method == ("1w32a/4" if activation == "real" else "1w8a/4")
+
+
+def test_sums_that_float32_cannot_hold_are_refused() -> None:
+    layer = QuantConv2d(3072, 8, 5, weight="dorefa", weight_options={"bits": 8}, activation="pixels")
+    with pytest.raises(ValueError, match=r"sums may reach 4993920000, and float32 holds integers only to 2\^24"):
+        deploy(layer)
+
+
+def test_stacked_filters_of_real_activations_are_refused(tmp_path: Path) -> None:
+    layer = StackedConv2d(64, 32, 3, segments=2, bank=4, activation="real")
+    export(layer, (64, 5, 5), tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="stacked filters with real activations are not compiled: quantise the act"):
+        importer.load(tmp_path / "model.onnx")
+
+
+def test_a_library_holds_the_bank_and_not_its_filters(tmp_path: Path) -> None:
+    sizes = {}
+    for name, layer in (
+        ("filters", QuantConv2d(512, 512, 3)),
+        ("expanded", StackedConv2d(512, 512, 3, segments=16, bank=128)),
+        ("selected", StackedConv2d(512, 512, 3, segments=2, bank=64)),
+    ):
+        export(layer, (512, 4, 4), tmp_path / "model.onnx")
+        executable, _, _ = compiler.build(compiler.lower(importer.load(tmp_path / "model.onnx")), targets.host(), 1)
+        executable.export_library(str(tmp_path / f"{name}.so"))
+        sizes[name] = (tmp_path / f"{name}.so").stat().st_size
+    print(sizes)
+    assert sizes["filters"] > 512 * 512 * 9 / 8
+    assert max(sizes["expanded"], sizes["selected"]) < 512 * 512 * 9 / 8 / 2
 
 
 @pytest.mark.parametrize("activation", ["xnor", "tbn", "dorefa"])
