@@ -77,7 +77,8 @@ def test_network(network: str, method: str, rng: np.random.Generator, tmp_path: 
     quantised = [layer for layer in inspection.inspect(tmp_path / "model.onnx").layers if layer.method != "float"]
     assert sum(layer.stored_bytes for layer in quantised) == pytest.approx(stored_bits(model) / 8, rel=0.01)
     floats = [m for m in model.modules() if type(m) in (nn.Conv2d, nn.Linear)]
-    float_parameters = sum(p.nbytes for m in floats for p in m.parameters())
+    biases = [m.bias for m in model.modules() if isinstance(m, QuantConv2d | QuantLinear) and m.bias is not None]
+    float_parameters = sum(p.nbytes for m in floats for p in m.parameters()) + sum(b.nbytes for b in biases)
     initializers = {i.name: numpy_helper.to_array(i) for i in onnx.load(tmp_path / "model.onnx").graph.initializer}
     norms = sum(8 * m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d))
     total = sum(array.nbytes for array in initializers.values())
