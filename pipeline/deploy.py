@@ -125,10 +125,9 @@ class _Deployed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.activation, ResidualQuantizer):
-            products = [self._scaled(plane) * b for plane, b in self.activation.planes(self.windows(x), _binary_sign)]
-            y = products[0]
-            for product in products[1:]:
-                y = y + product
+            planes = self.activation.planes(self.windows(x), _binary_sign)
+            first, *others = (self._scaled(plane) * b for plane, b in planes)
+            y = sum(others, first)
         elif self.activation.code is None:
             y = self._scaled_real(x)
         else:
@@ -175,16 +174,15 @@ class BitConv2d(_Deployed):
     def __init__(self, layer: QuantConv2d) -> None:
         super().__init__(layer)
         self.stride, self.pads, self.dilation, self.kernel = layer.stride, layer.pads, layer.dilation, layer.kernel_size
+        self.unfolds = isinstance(self.activation, ResidualQuantizer) and self.activation.per_window
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        if isinstance(self.activation, ResidualQuantizer) and self.activation.per_window:
+        if self.unfolds:
             return F.conv2d(x, taps_first(weight))
         return F.conv2d(pad(x, self.pads), weight, None, self.stride, 0, self.dilation)
 
     def windows(self, x: Tensor) -> Tensor:
-        if not self.activation.per_window:
-            return x
-        return unfold(pad(x, self.pads), self.kernel, self.stride, self.dilation)
+        return unfold(pad(x, self.pads), self.kernel, self.stride, self.dilation) if self.unfolds else x
 
     def column(self, per_filter: Tensor) -> Tensor:
         return per_filter.view(-1, 1, 1)
@@ -213,7 +211,6 @@ class BitStackedConv2d(nn.Module):
     scale 'selection', 'bank'     y = sum_j a_tj * sums_tj, j the segment
     """
 
-    words: Tensor
     bias: Tensor | None
 
     def __init__(self, layer: StackedConv2d) -> None:
@@ -225,17 +222,16 @@ class BitStackedConv2d(nn.Module):
         self.stride, self.pads, self.dilation, self.bias = layer.stride, layer.pads, layer.dilation, layer.bias
         self.bank = PackedWeight(CodedWeight(weight.bank, torch.ones(1), len(weight.bank)), 1.0)
         self.bank_size, self.per_segment = len(weight.bank), weight.kind in ("selection", "bank")
-        whole = weight.indices.split(1, dim=1) if self.per_segment else [weight.indices]
-        for j, indices in enumerate(whole):
+        if self.per_segment:
+            parts, self.group = list(zip(weight.indices.T, weight.scales().T, strict=True)), 1
+        elif weight.scale is None:
+            parts, self.group = [(weight.indices, torch.ones(1))], filters
+        else:
+            parts, self.group = [(weight.indices, weight.scale)], weight.group
+        for j, (indices, scale) in enumerate(parts):
             words = pack_indices(indices.cpu().numpy(), self.bank_size)
             self.register_buffer(f"indices{j}", torch.from_numpy(words))
-            if self.per_segment:
-                scale, group = weight.scales()[:, j], 1
-            else:
-                scale, group = torch.ones(1) if weight.scale is None else weight.scale, weight.group
-                group = filters if weight.scale is None else group
             self.register_buffer(f"scale{j}", (scale.double() * unit).float().contiguous())
-            self.group = group
         if self.activation.code is not None:
             _check_limit(layer, self.activation.code, CodedWeight(weight.signs(), torch.ones(1), filters))
 
@@ -243,23 +239,19 @@ class BitStackedConv2d(nn.Module):
         codes = x if self.activation.code is None else _codes(x, self.activation)
         d = self.shape[1]  # slices, because ONNX's Split has several outputs
         parts = [codes[:, j * d : (j + 1) * d] for j in range(self.segments)] if self.per_segment else [codes]
-        y = self._scaled(0, parts[0])
-        for j, part in enumerate(parts[1:], 1):
-            y = y + self._scaled(j, part)
+        bank = self.bank.codes()
+        first, *others = (self._scaled(j, part, bank) for j, part in enumerate(parts))
+        y = sum(others, first)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
-    def _scaled(self, j: int, codes: Tensor) -> Tensor:
+    def _scaled(self, j: int, codes: Tensor, bank: Tensor) -> Tensor:
         """The sums of index words ``j`` times their scale."""
-        sums = F.conv2d(pad(codes, self.pads), self._filters(j), None, self.stride, 0, self.dilation)
+        sums = F.conv2d(pad(codes, self.pads), self._filters(j, bank), None, self.stride, 0, self.dilation)
         scale = _per_filter(self.get_buffer(f"scale{j}"), self.group, self.shape[0])
         return (sums if self.activation.code is None else _accumulator(sums)) * scale.view(-1, 1, 1)
 
-    def _filters(self, j: int) -> Tensor:
-        bank, words, segments = (
-            self.bank.codes(),
-            self.get_buffer(f"indices{j}"),
-            1 if self.per_segment else self.segments,
-        )
+    def _filters(self, j: int, bank: Tensor) -> Tensor:
+        words, segments = self.get_buffer(f"indices{j}"), 1 if self.per_segment else self.segments
         filters, d, kh, kw = self.shape
         if torch.onnx.is_in_onnx_export():
             attributes = {"filters": filters, "segments": segments, "bits": index_bits(self.bank_size)}

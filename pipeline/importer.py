@@ -242,8 +242,7 @@ def _product(e: Emitter, x: Value, weight: Constant, geometry: Geometry, shape: 
             raise ValueError("stacked filters with real activations are not compiled: quantise the activations")
         return Channelwise(StackedSum(e, x, weight.array.astype(np.int64), BINARY, geometry, shape, weight.stack))
     weights = weight.array
-    code = bitweight_conv2d.integer_code(weights)
-    if isinstance(x, Codes) and code is not None:
+    if isinstance(x, Codes) and (code := bitweight_conv2d.integer_code(weights)) is not None:
         return Channelwise(Sum(e, x, weights.astype(np.int64), code, geometry, shape))
     few = bitweight_conv2d.few_bits(weights)
     return None if few is None else Channelwise(RealSum(e, x, few, geometry, shape))

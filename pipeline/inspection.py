@@ -89,7 +89,8 @@ def _layer(nodes: list[ir.Node]) -> Layer:
     if packed:
         stacks = [made for made in packed if made.op_type == "StackFilters"]
         weights *= max(1, len(stacks))  # one for all segments, or one each
-        scales = {id(s): s for n in nodes for s in (*_packed(n), *_scales(n)) if s.op_type == "GroupScale"}
+        behind = (scale for n in nodes for scale in _scales(n))
+        scales = {id(s): s for s in (*packed, *behind) if s.op_type == "GroupScale"}
         constants = {id(v): v for made in (*packed, *scales.values()) for v in made.inputs if v is not None}
         stored = sum(_bytes(v) for v in constants.values() if v.const_value is not None)
         parameter = packed[0].inputs[0]

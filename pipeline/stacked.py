@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.layers import activation_quantizer, pad
 from pipeline.quantizers import Method, ResidualQuantizer, sign
+from tvm_ops.ops.stacked_conv2d import index_bits
 
 Scale = Literal["none", "filter", "selection", "bank"]
 
@@ -70,7 +71,7 @@ class StackedWeight:
     def bits(self) -> int:
         """Stored bits: m d kh kw of the bank, n s ceil(log2 m) of indices, 32 of every scale."""
         floats = 0 if self.scale is None else self.scale.numel()
-        return self.bank.numel() + self.indices.numel() * (len(self.bank) - 1).bit_length() + 32 * floats
+        return self.bank.numel() + self.indices.numel() * index_bits(len(self.bank)) + 32 * floats
 
 
 def ratio(in_channels: int, out_channels: int, area: int, segments: int, bank: int) -> float:

@@ -57,7 +57,7 @@ def has_reduction(mod: Any) -> bool:
 
 
 def _is_reduction(sch: Any, block: Any) -> bool:
-    return any(v.iter_type == _REDUCTION for v in sch.get(block).iter_vars)
+    return bool(_reductions(sch, block))
 
 
 def _packs(sch: Any, block: Any) -> bool:
@@ -170,10 +170,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
             sch.compute_at(unpacked, channel_outer, preserve_unit_loops=True)
             sch.vectorize(sch.get_loops(unpacked)[-1])
 
-    loops = sch.get_loops(main)[len(outer) :]
-    variables = sch.get(main).iter_vars
-    spatial = [loop for loop, v in zip(loops, variables, strict=True) if v.iter_type == _DATA_PARALLEL]
-    reduction = [loop for loop, v in zip(loops, variables, strict=True) if v.iter_type == _REDUCTION]
+    spatial, reduction = _own_loops(sch, main)
     _share(sch, shared, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
     window = _window(sch, main, target, lanes)
     if window is not None and target.byte_counter is not None:
@@ -182,7 +179,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
         if unpacks:  # a vector tests the bits of one word
             spatial[-1:] = sch.split(spatial[-1], [None, WORD_BITS])
         sch.reorder(*reduction, *spatial)
-        _unroll_taps(sch, reduction, [int(v.dom.extent) for v in variables if v.iter_type == _REDUCTION], sample)
+        _unroll_taps(sch, reduction, _reductions(sch, main), sample)
         sch.vectorize(spatial[-1])
         sch.decompose_reduction(main, reduction[0])
     for loop in (*spatial[:-1], *inner[:-1]):
@@ -202,13 +199,10 @@ def _sum_across(sch: Any, main: Any, target: Target) -> bool:
     if _extents(sch, [channel])[0] % target.lanes:
         return False
     _, lane = sch.split(channel, [None, target.lanes])
-    partial = sch.rfactor(lane, len(sch.get(main).iter_vars) - len(_reductions(sch, main)))
+    partial = sch.rfactor(lane, len(_sums(sch, main)))
     *_, pixel, _ = sch.get_loops(main)
     sch.compute_at(partial, pixel, preserve_unit_loops=True)
-    variables = sch.get(partial).iter_vars
-    made = list(zip(sch.get_loops(partial)[-len(variables) :], variables, strict=True))
-    reduction = [loop for loop, v in made if v.iter_type == _REDUCTION]
-    spatial = [loop for loop, v in made if v.iter_type == _DATA_PARALLEL]
+    spatial, reduction = _own_loops(sch, partial)
     (vector,) = (loop for loop in spatial if _extents(sch, [loop]) == [target.lanes])
     sch.reorder(*reduction, vector)
     sch.vectorize(vector)
@@ -221,8 +215,17 @@ def _sums(sch: Any, block: Any) -> list[int]:
     return [int(v.dom.extent) for v in sch.get(block).iter_vars if v.iter_type == _DATA_PARALLEL]
 
 
-def _reductions(sch: Any, block: Any) -> list[Any]:
-    return [v for v in sch.get(block).iter_vars if v.iter_type == _REDUCTION]
+def _reductions(sch: Any, block: Any) -> list[int]:
+    """The extents that a block sums over; of a map, none."""
+    return [int(v.dom.extent) for v in sch.get(block).iter_vars if v.iter_type == _REDUCTION]
+
+
+def _own_loops(sch: Any, block: Any) -> tuple[list[Any], list[Any]]:
+    """The loops of a block below those that it was computed at: of its outputs, and of what it sums over."""
+    variables = sch.get(block).iter_vars
+    made = list(zip(sch.get_loops(block)[-len(variables) :], variables, strict=True))
+    spatial = [loop for loop, v in made if v.iter_type == _DATA_PARALLEL]
+    return spatial, [loop for loop, v in made if v.iter_type == _REDUCTION]
 
 
 def _window(sch: Any, main: Any, target: Target, lanes: int) -> adder_network.Window | None:
@@ -230,7 +233,7 @@ def _window(sch: Any, main: Any, target: Target, lanes: int) -> adder_network.Wi
     block, counter = sch.get(main), target.byte_counter
     if counter is None or block.name_hint != bitserial_conv2d.BLOCK or lanes % counter.lanes:
         return None
-    kh, kw, words = (int(v.dom.extent) for v in block.iter_vars if v.iter_type == _REDUCTION)
+    kh, kw, words = _reductions(sch, main)
     dy, dx = (int(d) for d in block.annotations["dilations"])
     x, w, x_masked, w_masked = (int(p) for p in block.annotations["planes"])
     planes = bitserial_conv2d.Planes(x, w, bool(x_masked), bool(w_masked))

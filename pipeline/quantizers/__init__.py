@@ -110,8 +110,8 @@ class ActivationQuantizer(nn.Module):
         return (), {}
 
     def codes(self, x: Tensor) -> Tensor:
-        """float32 integers of ``code``, as ``operator`` makes them, NaNs included."""
-        raise NotImplementedError
+        """float32 integers of ``code``, as ``operator`` makes them, NaNs included; default: signs."""
+        return sign(x)
 
 
 class ResidualQuantizer(ActivationQuantizer):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.quantizers import ActivationQuantizer, Method, sign, straight_through
+from pipeline.quantizers import ActivationQuantizer, Method, straight_through
 
 
 class Sign(ActivationQuantizer):
@@ -15,9 +15,6 @@ class Sign(ActivationQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         return straight_through(x, self.codes(x), x.abs() < 1)
-
-    def codes(self, x: Tensor) -> Tensor:
-        return sign(x)
 
 
 ACTIVATION = Sign

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tvm_ops import output_transform
-from tvm_ops.bitplanes import TERNARY, WORD_BITS, encode, odd, pack
+from tvm_ops.bitplanes import TERNARY, WORD_BITS, Code, encode, odd, pack
 from tvm_ops.ops.bitserial_conv2d import Geometry
 from tvm_ops.output_transform import Step
 
@@ -63,8 +63,8 @@ def few_bits(array: NDArray[np.float32]) -> Weights | None:
     return Weights(np.stack([above, below]), worth, 0.0)
 
 
-def integer_code(array: NDArray[np.float32]) -> Any:
-    """The `bitplanes.Code` of weights that are integers of one; else None."""
+def integer_code(array: NDArray[np.float32]) -> Code | None:
+    """The code of weights that are integers of one; else None."""
     largest = int(np.abs(array).max(initial=0)) if np.isfinite(array).all() else 256
     if largest > 255 or (array != np.rint(array)).any():
         return None
