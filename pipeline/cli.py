@@ -316,7 +316,7 @@ def report(
 
 @app.command("targets")
 def list_targets(as_json: Json = False) -> None:
-    """List the targets, and which of them this CPU runs.
+    """List the targets, and which of them this CPU runs; those without TVM's runtime are for C source.
 
     Example: crossbit targets
     """
@@ -328,14 +328,13 @@ def list_targets(as_json: Json = False) -> None:
     rows = [
         (
             r.name,
-            r.cpu,
-            f"{r.vector_bits}",
+            f"{r.registers} x {r.vector_bits} bit",
             r.popcount,
-            "host" if r.name == best else ", ".join(r.missing_features()) or "runs",
+            "host" if r.name == best else ", ".join(r.missing_features()) or "runs" if r.tvm_runtime else "C source",
         )
         for r in records
     ]
-    _table("targets", ("target", "LLVM CPU", "vector bits", "popcount", "here (or what is missing)"), rows)
+    _table("targets", ("target", "registers", "popcount", "here (or what is missing)"), rows)
 
 
 @app.command()

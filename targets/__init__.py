@@ -10,9 +10,9 @@ import difflib
 import pkgutil
 from importlib import import_module
 
-from targets._target import ByteCounter, Target, cores, cpu_features, cpu_name
+from targets._target import ByteCounter, Target, cores, cpu_features, cpu_name, cpu_part
 
-__all__ = ["ByteCounter", "Target", "cores", "cpu_features", "cpu_name", "host", "load", "names"]
+__all__ = ["ByteCounter", "Target", "cores", "cpu_features", "cpu_name", "cpu_part", "host", "load", "names"]
 
 
 def names() -> list[str]:
@@ -38,7 +38,7 @@ def load(name: str) -> Target:
 
 
 def host() -> Target:
-    """The target with the most features among those that this CPU can run.
+    """This core's own target, or else the one with the most features among those that this CPU can run.
 
     Raises:
         ValueError: no target of the folder runs on this CPU.
@@ -46,4 +46,4 @@ def host() -> Target:
     runnable = [target for target in map(load, names()) if not target.missing_features()]
     if not runnable:
         raise ValueError(f"no target runs on this CPU: the package has {', '.join(names())}; name one with --target")
-    return max(runnable, key=lambda target: len(target.features))
+    return max(runnable, key=lambda target: (target.cpu_part == cpu_part(), len(target.features)))

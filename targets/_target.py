@@ -41,14 +41,19 @@ class Target:
     """A CPU family as facts. Schedules read these fields and never the name.
 
     Attributes:
-        machine: what ``platform.machine()`` says there.
-        triple, cpu, attributes: LLVM's names: -mtriple, -mcpu, -mattr.
+        machine: what ``platform.machine()`` says there; a name of ours where nothing can ask.
+        triple, cpu, attributes, float_abi: LLVM's names: -mtriple, -mcpu, -mattr, -float-abi (32-bit ARM).
         features: the flags of /proc/cpuinfo without which the code is illegal.
-        vector_bits: width of a vector register.
+        vector_bits: width of a vector register; 32 where there are none.
         registers: how many vector registers there are.
         popcount: how a vector of words is counted.
-        byte_counter: what to count with instead, if that is slow.
         source: where the numbers are from.
+        cflags: what gcc and clang need to make code for this CPU.
+        gnu_triple: what names of GNU cross tools start with; '' where there are none.
+        zig_triple: what ``zig cc -target`` takes; '' where zig has no C library.
+        tvm_runtime: whether TVM's runtime is there, and with it an operating system that loads shared libraries.
+        cpu_part: 'CPU part' of /proc/cpuinfo (ARM), by which `host` tells cores with equal features apart.
+        byte_counter: what to count with instead, if a vector popcount is slow.
     """
 
     name: str
@@ -61,10 +66,16 @@ class Target:
     registers: int
     popcount: str
     source: str
+    cflags: tuple[str, ...]
+    gnu_triple: str = ""
+    zig_triple: str = ""
+    float_abi: str = ""
+    tvm_runtime: bool = True
+    cpu_part: str = ""
     byte_counter: ByteCounter | None = None
 
     def __post_init__(self) -> None:
-        if self.vector_bits % 32 or self.vector_bits < 64:
+        if self.vector_bits % 32 or self.vector_bits < 32:
             raise ValueError(f"target {self.name}: vector_bits = {self.vector_bits} does not hold whole 32-bit words")
         if self.registers not in (8, 16, 32):
             raise ValueError(f"target {self.name}: registers = {self.registers}; a register file has 8, 16 or 32")
@@ -80,27 +91,26 @@ class Target:
         """TVM's target for code that runs on ``threads`` cores.
 
         Raises:
-            ValueError: LLVM does not know the CPU (TVM itself would only warn and compile for a generic one).
+            ValueError: LLVM does not know the CPU or an attribute (TVM itself would only warn and leave it out).
         """
-        import tvm
-        from tvm.target.codegen import llvm_is_valid_cpu
+        from tvm.target import Target as TvmTarget
+        from tvm.target.codegen import llvm_get_cpu_features, llvm_is_valid_cpu
 
         if not llvm_is_valid_cpu(self.cpu, self.triple):
             raise ValueError(f"target {self.name}: LLVM does not know the CPU '{self.cpu}' for {self.triple}")
-        return tvm.target.Target(
-            {
-                "kind": "llvm",
-                "mtriple": self.triple,
-                "mcpu": self.cpu,
-                "mattr": list(self.attributes),
-                "num-cores": threads,
-            }
-        )
+        machine = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu, "vector-width": self.vector_bits}
+        for attribute in self.attributes:  # a name is known if switching it on does
+            if attribute[1:] not in llvm_get_cpu_features(TvmTarget({**machine, "mattr": ["+" + attribute[1:]]})):
+                raise ValueError(
+                    f"target {self.name}: LLVM does not know the attribute '{attribute}' for {self.triple}"
+                )
+        abi = {"mfloat-abi": self.float_abi} if self.float_abi else {}
+        return TvmTarget({**machine, **abi, "mattr": list(self.attributes), "num-cores": threads})
 
     def missing_features(self) -> list[str]:
         """What this machine lacks to run code of this target; empty when it can."""
         if platform.machine() != self.machine:
-            return [f"a {self.machine} CPU"]
+            return [f"{'an' if self.machine[0] == 'a' else 'a'} {self.machine} CPU"]
         return sorted(self.features - cpu_features())
 
 
@@ -115,6 +125,11 @@ def _cpuinfo() -> dict[str, str]:
 def cpu_features() -> frozenset[str]:
     """The flags of this CPU as Linux names them."""
     return frozenset(_cpuinfo().get("flags", _cpuinfo().get("Features", "")).split())
+
+
+def cpu_part() -> str:
+    """The number that ARM gave this core, as Linux prints it ('0xd08'); '' on other CPUs."""
+    return _cpuinfo().get("CPU part", "")
 
 
 def cpu_name() -> str:

@@ -13,6 +13,9 @@ TARGET = Target(
     registers=16,
     popcount="full adders, nibble table (vpshufb)",
     source="x86-64 psABI, micro-architecture level v3",
+    cflags=("-march=x86-64-v3",),
+    gnu_triple="x86_64-linux-gnu",
+    zig_triple="x86_64-linux-gnu",
     byte_counter=ByteCounter(
         name="avx2",
         lanes=8,

@@ -16,4 +16,7 @@ TARGET = Target(
     registers=32,
     popcount="vpopcntd",
     source="Intel SDM vol. 1 ch. 15; AMD64 APM vol. 3 appendix D",
+    cflags=("-march=x86-64-v4", "-mavx512vpopcntdq", "-mavx512vnni", "-mavx512bitalg", "-mprefer-vector-width=512"),
+    gnu_triple="x86_64-linux-gnu",
+    zig_triple="x86_64-linux-gnu",
 )

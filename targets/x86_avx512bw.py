@@ -13,6 +13,9 @@ TARGET = Target(
     registers=32,
     popcount="full adders (vpternlogd), nibble table (vpshufb)",
     source="Intel SDM vol. 1 ch. 15; x86-64 psABI level v4",
+    cflags=("-march=skylake-avx512", "-mprefer-vector-width=512"),
+    gnu_triple="x86_64-linux-gnu",
+    zig_triple="x86_64-linux-gnu",
     byte_counter=ByteCounter(
         name="avx512bw",
         lanes=16,

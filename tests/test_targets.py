@@ -13,8 +13,22 @@ import targets
 from targets import Target
 
 NAMES = targets.names()
-# What LLVM calls the flags of /proc/cpuinfo that a record may ask for.
-LLVM_FLAGS = {"avx512_vpopcntdq": "avx512vpopcntdq", "avx512_vnni": "avx512vnni", "avx512_bitalg": "avx512bitalg"}
+# What LLVM calls the flags of /proc/cpuinfo that a record may ask for, where it has another name.
+X86_FLAGS = {"avx512_vpopcntdq": "avx512vpopcntdq", "avx512_vnni": "avx512vnni", "avx512_bitalg": "avx512bitalg"}
+ARM64_FLAGS = {
+    "asimd": "neon", "asimddp": "dotprod", "asimdfhm": "fp16fml", "asimdhp": "fullfp16", "asimdrdm": "rdm",
+    "atomics": "lse", "fcma": "complxnum", "flagm2": "altnzcv", "fphp": "fullfp16", "frint": "fptoint",
+    "ilrcpc": "rcpc-immo", "jscvt": "jsconv", "lrcpc": "rcpc", "uscat": "lse2",
+}  # fmt: skip
+ARMV7_FLAGS = {"idiva": "hwdiv-arm", "idivt": "hwdiv", "vfpv4": "vfp4"}
+LLVM_FLAGS = {"x86_64": X86_FLAGS, "aarch64": ARM64_FLAGS, "armv7l": ARMV7_FLAGS}
+# Those of LLVM's features that change which instructions it writes for our kernels.
+USED = {
+    "x86_64": r"avx\w+|fma|bmi2|popcnt|sse4a|xop|gfni",
+    "aarch64": r"neon|sve2?|dotprod|fp16fml|fullfp16|rdm|lse|lse2|complxnum|altnzcv|flagm|fptoint|rcpc|rcpc-immo"
+    r"|jsconv|i8mm|bf16",
+    "armv7l": r"neon|vfp4|hwdiv|hwdiv-arm|fullfp16|dotprod",
+}
 
 
 def a_target(**changes: object) -> Target:
@@ -25,12 +39,17 @@ def a_target(**changes: object) -> Target:
 def test_contract(name: str) -> None:
     target = targets.load(name)
     assert target.name == name
-    assert target.triple.startswith(target.machine)
-    assert target.triple.endswith("linux-gnu")
-    assert target.features
+    assert bool(target.features) == target.tvm_runtime  # where nothing can ask, nothing is asked for
+    if target.tvm_runtime:
+        assert target.triple.startswith(target.machine)
+        assert re.search("-linux-gnu(eabihf)?$", target.triple)
+        assert target.gnu_triple and target.zig_triple
+    assert target.gnu_triple or target.zig_triple
+    assert target.cflags and all(flag.startswith("-m") for flag in target.cflags)
+    assert (target.float_abi == "hard") == target.triple.endswith("eabihf")
     assert target.features == {flag.strip().lower() for flag in target.features}
     assert target.lanes * 32 == target.vector_bits
-    assert target.vector_bits in (128, 256, 512)
+    assert target.vector_bits in (32, 128, 256, 512)
     assert len(target.popcount) > 3
     assert re.search(r"[A-Z]", target.source)
     module = import_module(f"targets.{name.replace('-', '_')}")
@@ -51,26 +70,26 @@ def test_llvm_compiles_for_the_features_that_a_record_names(name: str) -> None:
         list(target.attributes),
     )
     assert attrs["num-cores"] == 3
-    enabled = set(llvm_get_cpu_features(tvm_target))
-    named = {LLVM_FLAGS.get(flag, flag) for flag in target.features}
-    assert named <= enabled
-    if target.machine == "x86_64":
-        used = {flag for flag in enabled if flag.startswith(("avx", "fma", "bmi2", "popcnt", "sse4a", "xop", "gfni"))}
-        assert named == used - {"avx"}  # every CPU with AVX2 has it
+    assert attrs.get("mfloat-abi", "") == target.float_abi
+    if target.tvm_runtime:
+        enabled = set(llvm_get_cpu_features(tvm_target))
+        named = {LLVM_FLAGS[target.machine].get(flag, flag) for flag in target.features}
+        used = {flag for flag in enabled if re.fullmatch(USED[target.machine], flag)}
+        assert named <= enabled
+        assert named == used
 
 
 def test_records_differ() -> None:
     records = [targets.load(name) for name in NAMES]
     keys = {(r.triple, r.cpu, r.attributes) for r in records}
     assert len(keys) == len(records)
-    assert len({r.features for r in records if r.machine == "x86_64"}) == len(
-        [r for r in records if r.machine == "x86_64"]
-    )
+    hosts = [(r.machine, r.cpu_part or r.features) for r in records if r.tvm_runtime]  # what `host` chooses by
+    assert len(set(hosts)) == len(hosts)
 
 
 def test_names_are_the_files_of_the_folder() -> None:
     assert sorted(NAMES) == NAMES
-    assert {"x86-avx2", "x86-avx512", "x86-avx512bw"} <= set(NAMES)
+    assert {"x86-avx2", "x86-avx512", "x86-avx512bw", "cortex-a53", "cortex-a7", "cortex-m4", "wasm32"} <= set(NAMES)
     assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in NAMES)
 
 
@@ -80,6 +99,27 @@ def test_host_is_the_richest_target_that_runs_here() -> None:
     assert host.missing_features() == []
     runnable = [t for t in map(targets.load, NAMES) if not t.missing_features()]
     assert all(len(t.features) <= len(host.features) for t in runnable)
+
+
+@pytest.mark.parametrize(
+    ("machine", "part", "features", "chosen"),
+    [
+        ("aarch64", "0xd08", "fp asimd crc32", "cortex-a72"),
+        ("aarch64", "0xd03", "fp asimd crc32", "cortex-a53"),
+        ("aarch64", "0xd0b", "fp asimd asimddp asimdhp asimdrdm atomics fphp lrcpc", "cortex-a76"),
+        ("aarch64", "0xd07", "fp asimd crc32", "cortex-a53"),  # an A57: none of ours
+        ("armv7l", "0xc07", "half thumb vfp neon vfpv4 idiva idivt", "cortex-a7"),
+        ("x86_64", "", "avx2 fma bmi2 popcnt", "x86-avx2"),
+    ],
+)
+def test_host_of_other_machines(
+    machine: str, part: str, features: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This core's own target; for a core without one, a target whose instructions it has."""
+    cpuinfo = {"CPU part": part, "Features": features}
+    monkeypatch.setattr(targets._target.platform, "machine", lambda: machine)
+    monkeypatch.setattr(targets._target, "_cpuinfo", lambda: cpuinfo)
+    assert targets.host().name == chosen
 
 
 def test_missing_features_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +133,7 @@ def test_missing_features_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert target.missing_features() == []
     monkeypatch.setattr(module.platform, "machine", lambda: "riscv64")
     assert target.missing_features() == ["a x86_64 CPU"]
+    assert targets.load("cortex-a72").missing_features() == ["an aarch64 CPU"]
 
 
 def test_a_cpu_without_any_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,11 +163,19 @@ def test_a_cpu_that_llvm_does_not_know_is_refused() -> None:
         a_target(cpu="x86-64-v9").tvm_target(1)
 
 
+@pytest.mark.parametrize("attribute", ["+avx3", "-avx3", "+neon"])
+def test_an_attribute_that_llvm_does_not_know_is_refused(attribute: str) -> None:
+    sentence = f"target x86-avx2: LLVM does not know the attribute '{attribute}' for x86_64-linux-gnu"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        a_target(attributes=("-prefer-256-bit", attribute)).tvm_target(1)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"vector_bits": 100}, "vector_bits = 100 does not hold whole 32-bit words"),
-        ({"vector_bits": 32}, "vector_bits = 32 does not hold whole 32-bit words"),
+        ({"vector_bits": 0}, "vector_bits = 0 does not hold whole 32-bit words"),
+        ({"vector_bits": 16}, "vector_bits = 16 does not hold whole 32-bit words"),
         ({"registers": 12}, "registers = 12; a register file has 8, 16 or 32"),
         ({"attributes": ("avx2",)}, "every attribute starts with + or -"),
         ({"attributes": ("+avx2", "fma")}, "every attribute starts with + or -"),
