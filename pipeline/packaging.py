@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from pipeline import artifact, compiler, importer, inspection, onnx_file, tune
+from pipeline import artifact, compiler, importer, inspection, onnx_file, toolchain, tune
 from pipeline.artifact import Manifest, Tensor
 from targets import Target
 from tvm_ops import opset
@@ -31,8 +31,14 @@ def compile_network(
         records: the tuning records of this target and thread count, see `tune.records_folder`.
 
     Raises:
-        ValueError: a file, operator or shape that is not supported; records of another target.
+        ValueError: a file, operator or shape that is not supported; records of another target; a target without TVM's
+            runtime, or without a linker on this machine.
     """
+    if not target.tvm_runtime:
+        raise ValueError(
+            f"target {target.name} has no TVM runtime, so it takes C source: see `crossbit compile --help`"
+        )
+    linker = toolchain.find(target)
     if records is not None:
         tune.check_records(records, target, threads)
     lowered = compiler.lower(importer.load(model, batch))
@@ -43,7 +49,7 @@ def compile_network(
     content = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         content.chmod(0o755)
-        executable.export_library(str(content / artifact.LIBRARY))
+        executable.export_library(str(content / artifact.LIBRARY), fcompile=linker.link_shared)
         artifact.save_golden(content / artifact.GOLDEN, inputs, outputs)
         if records is not None:
             shutil.copytree(records, content / artifact.RECORDS, ignore=shutil.ignore_patterns("*.log"))

@@ -224,7 +224,7 @@ def without_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile to an empty library: for tests that are about files."""
 
     class Executable:
-        def export_library(self, path: str) -> None:
+        def export_library(self, path: str, **_: object) -> None:
             Path(path).write_bytes(b"\x7fELF" + bytes(14) + struct.pack("<H", 62) + bytes(100))
 
     monkeypatch.setattr("pipeline.compiler.lower", lambda mod: mod)
