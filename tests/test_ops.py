@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import machines
 import numpy as np
 import pytest
 import tvm
@@ -462,3 +464,13 @@ def test_every_target_builds_every_kernel(name: str, kernel: str, rng: np.random
         assert not re.search(contracted, assembly), "a product and a sum were contracted to one rounding"
     if not target.missing_features():
         np.testing.assert_array_equal(call(library, arrays, garbage), expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", [n for n in targets.names() if targets.load(n).machine in ("aarch64", "armv7l")])
+def test_every_kernel_on_every_emulated_core(name: str, kernel: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    compute, arrays, expected = kernels(rng)[kernel]
+    target = targets.load(name)
+    machines.need(target)
+    mod, garbage = lower(compute, arrays)
+    np.testing.assert_array_equal(machines.call(target, build(mod, target), arrays, garbage, tmp_path), expected)
