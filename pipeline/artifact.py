@@ -1,6 +1,7 @@
 """A compiled network as one folder: library, manifest, golden pair, the records it was built with.
 
-    model.so         the library (TVM runtime, Relax VM)
+    model.so         the library for TVM's runtime (Relax VM), or
+    <name>.h ...     a C library or C source without a runtime, see `c_library`
     manifest.json    what it is, for whom, and the hash of every other file
     golden.npz       an input and the output of the ONNX file for it
     records/         the tuning records used, if any
@@ -21,7 +22,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-SCHEMA: Literal[1] = 1
+SCHEMA: Literal[2] = 2
 LIBRARY, MANIFEST, GOLDEN, RECORDS = "model.so", "manifest.json", "golden.npz", "records"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183, "armv7l": 40}
 
@@ -66,11 +67,34 @@ class File(_Record):
     bytes: int
 
 
+class CLibrary(_Record):
+    """What is particular to a library without a runtime.
+
+    Attributes:
+        name: of the library, its header and all its symbols.
+        workspace_bytes: what a caller lends.
+        workspace_bound: bytes below which no plan for its order of kernels can go.
+        constant_bytes: weights as packed, thresholds, scales.
+        toolchain: the compiler of its driver; '' for C source.
+    """
+
+    name: str
+    workspace_bytes: int
+    workspace_bound: int
+    constant_bytes: int
+    toolchain: str
+
+
+Emit = Literal["vm", "c-lib", "c-source"]
+
+
 class Manifest(_Record):
     """Everything a reader of an artifact needs to know. Sizes in bytes, dates in ISO 8601 (UTC)."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: str
+    emit: Emit
+    c_library: CLibrary | None
     model_sha256: str
     target: str
     machine: str
@@ -85,6 +109,13 @@ class Manifest(_Record):
     files: dict[str, File]
     versions: dict[str, str]
     created: str
+
+    @property
+    def library(self) -> str:
+        """The file that runs, or is compiled to what runs."""
+        if self.c_library is None:
+            return LIBRARY
+        return f"lib{self.c_library.name}.so" if self.emit == "c-lib" else f"{self.c_library.name}.c"
 
 
 def sha256(path: Path) -> str:
@@ -146,14 +177,12 @@ def read(folder: Path) -> Manifest:
             raise ValueError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected.bytes}; compile again")
         if sha256(file) != expected.sha256:
             raise ValueError(f"{file}: changed since it was compiled (SHA-256 differs); compile again")
-    for required in (LIBRARY, GOLDEN):
+    for required in (manifest.library, GOLDEN):
         if required not in manifest.files:
             raise ValueError(f"{path}: lists no {required}; compile again")
-    machine = _elf_machine(folder / LIBRARY)
-    if machine != manifest.machine:
-        raise ValueError(
-            f"{folder / LIBRARY}: built for {machine}, the manifest says {manifest.machine}; compile again"
-        )
+    library = folder / manifest.library
+    if manifest.emit != "c-source" and (machine := _elf_machine(library)) != manifest.machine:
+        raise ValueError(f"{library}: built for {machine}, the manifest says {manifest.machine}; compile again")
     return manifest
 
 

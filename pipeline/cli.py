@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -148,21 +148,29 @@ def compile_(
     threads: Threads = 1,
     batch: Batch = 1,
     records: Annotated[Path | None, typer.Option(help="Root of tuning records to use; default: none.")] = None,
+    emit: Annotated[
+        Literal["vm", "c-lib", "c-source"],
+        typer.Option(help="For TVM's runtime; or a free-standing C library, or C99 source."),
+    ] = "vm",
+    name: Annotated[str | None, typer.Option(help="Of the C library and its symbols; default: the folder's.")] = None,
 ) -> None:
     """Compile an ONNX file for a target.
 
     Example: crossbit compile runs/m16/model.onnx -o runs/m16/tuned --records records
+
+    Example: crossbit compile runs/m16/model.onnx -o runs/m16/c --emit c-lib --name digits
     """
     from pipeline import packaging, tune
 
     chosen = targets.load(target)
     own_records = tune.records_folder(records, chosen, threads) if records else None
     with err.status(f"compiling {model} for {chosen.name}"):
-        manifest = packaging.compile_network(model, folder, chosen, threads, batch, own_records)
-    size = manifest.files["model.so"].bytes
+        manifest = packaging.compile_network(model, folder, chosen, threads, batch, own_records, emit, name)
+    size = manifest.files[manifest.library].bytes
+    memory = f", workspace {manifest.c_library.workspace_bytes:,} bytes" if manifest.c_library else ""
     _say(
         "compiled",
-        f"{folder} for {chosen.name}: library {size:,} bytes, {manifest.kernels} kernels, "
+        f"{folder} for {chosen.name}: {manifest.library} {size:,} bytes{memory}, {manifest.kernels} kernels, "
         f"{manifest.tuned_kernels} of them tuned",
     )
 

@@ -44,21 +44,27 @@ def open_records(folder: Path, target: Target) -> Any:
     return ms.database.JSONDatabase(work_dir=str(folder))
 
 
-def build(mod: tvm.IRModule, target: Target, threads: int, records: Path | None = None) -> tuple[Any, int, int]:
-    """The executable of a lowered module, how many kernels it has, and how many of them a tuning record made.
+def scheduled(
+    mod: tvm.IRModule, target: Target, threads: int, records: Path | None = None
+) -> tuple[tvm.IRModule, int, int]:
+    """A lowered module with every kernel scheduled, how many kernels it has, and how many a tuning record made.
 
     Args:
         threads: cores to share work between.
         records: a MetaSchedule work folder; kernels without a record get the default schedule.
     """
-    tvm_target = target.tvm_target(threads)
     if records is not None:
-        with tvm_target, open_records(records, target):
+        with target.tvm_target(threads), open_records(records, target):
             mod = relax.transform.MetaScheduleApplyDatabase()(mod)
     mod = mod.clone()
     kernels = {name: f for name, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
     untuned = {name: f for name, f in kernels.items() if not (f.attrs and f.attrs.get("tirx.is_scheduled", False))}
     for name, func in untuned.items():
         mod[name] = default_schedule(tvm.IRModule({"main": func}), target, threads).mod["main"]
-    executable = relax.build(mod, tvm_target, relax_pipeline="default")
-    return executable, len(kernels), len(kernels) - len(untuned)
+    return mod, len(kernels), len(kernels) - len(untuned)
+
+
+def build(mod: tvm.IRModule, target: Target, threads: int, records: Path | None = None) -> tuple[Any, int, int]:
+    """An executable of TVM's virtual machine; otherwise as `scheduled`."""
+    mod, kernels, tuned = scheduled(mod, target, threads, records)
+    return relax.build(mod, target.tvm_target(threads), relax_pipeline="default"), kernels, tuned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -12,8 +13,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from pipeline import artifact, compiler, importer, inspection, onnx_file, toolchain, tune
-from pipeline.artifact import Manifest, Tensor
+from pipeline import artifact, c_library, compiler, importer, inspection, onnx_file, toolchain, tune
+from pipeline.artifact import Emit, Manifest, Tensor
 from targets import Target
 from tvm_ops import opset
 
@@ -22,59 +23,81 @@ TOLERANCE = 1e-4
 
 
 def compile_network(
-    model: Path, folder: Path, target: Target, threads: int, batch: int = 1, records: Path | None = None
+    model: Path,
+    folder: Path,
+    target: Target,
+    threads: int,
+    batch: int = 1,
+    records: Path | None = None,
+    emit: Emit = "vm",
+    name: str | None = None,
 ) -> Manifest:
     """Compile an ONNX file for a target and write the artifact.
 
     Args:
         threads: cores the library may use.
         records: the tuning records of this target and thread count, see `tune.records_folder`.
+        emit: 'vm' for TVM's runtime; 'c-lib' or 'c-source' without one.
+        name: of a C library, its header and its symbols; default: the folder's.
 
     Raises:
         ValueError: a file, operator or shape that is not supported; records of another target; a target without TVM's
-            runtime, or without a linker on this machine.
+            runtime, or without a compiler on this machine; a name that is none in C.
     """
-    if not target.tvm_runtime:
-        raise ValueError(
-            f"target {target.name} has no TVM runtime, so it takes C source: see `crossbit compile --help`"
-        )
-    linker = toolchain.find(target)
+    _check_route(target, emit)
     if records is not None:
         tune.check_records(records, target, threads)
-    lowered = compiler.lower(importer.load(model, batch))
-    executable, kernels, tuned = compiler.build(lowered, target, threads, records)
-    inputs, outputs = golden_pair(model, batch)
     folder = folder.absolute()
+    name = c_library.check_name(name or re.sub(r"\W", "_", folder.name)) if emit != "vm" else folder.name
+    inputs, outputs = golden_pair(model, batch)
+    manifest = Manifest(
+        schema_version=artifact.SCHEMA,
+        name=folder.name,
+        emit=emit,
+        c_library=None,
+        model_sha256=artifact.sha256(model),
+        target=target.name,
+        machine=target.machine,
+        features=tuple(sorted(target.features)),
+        threads=threads,
+        inputs=_specs(inputs),
+        outputs=_specs(outputs),
+        layers=inspection.inspect(model, batch).layers,
+        kernels=0,
+        tuned_kernels=0,
+        tolerance=TOLERANCE,
+        files={},
+        versions={package: version(package) for package in ("crossbit", "apache-tvm", "apache-tvm-ffi", "onnx")},
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    lowered = compiler.lower(importer.load(model, batch))
     folder.parent.mkdir(parents=True, exist_ok=True)
     content = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         content.chmod(0o755)
-        executable.export_library(str(content / artifact.LIBRARY), fcompile=linker.link_shared)
+        if emit == "vm":
+            executable, kernels, tuned = compiler.build(lowered, target, threads, records)
+            executable.export_library(str(content / artifact.LIBRARY), fcompile=toolchain.find(target).link_shared)
+            made = {"kernels": kernels, "tuned_kernels": tuned}
+        else:
+            made = c_library.write(lowered, manifest, name, content, target, records)
         artifact.save_golden(content / artifact.GOLDEN, inputs, outputs)
         if records is not None:
             shutil.copytree(records, content / artifact.RECORDS, ignore=shutil.ignore_patterns("*.log"))
-        manifest = Manifest(
-            schema_version=artifact.SCHEMA,
-            name=folder.name,
-            model_sha256=artifact.sha256(model),
-            target=target.name,
-            machine=target.machine,
-            features=tuple(sorted(target.features)),
-            threads=threads,
-            inputs=_specs(inputs),
-            outputs=_specs(outputs),
-            layers=inspection.inspect(model, batch).layers,
-            kernels=kernels,
-            tuned_kernels=tuned,
-            tolerance=TOLERANCE,
-            files={},
-            versions={name: version(name) for name in ("crossbit", "apache-tvm", "apache-tvm-ffi", "onnx")},
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        )
-        artifact.write(folder, manifest, content)
+        artifact.write(folder, manifest.model_copy(update=made), content)
     finally:
         shutil.rmtree(content, ignore_errors=True)
     return artifact.read(folder)
+
+
+def _check_route(target: Target, emit: Emit) -> None:
+    """Refuse what cannot be, before the work begins."""
+    if not target.tvm_runtime and emit != "c-source":
+        raise ValueError(
+            f"target {target.name} has neither TVM's runtime nor shared libraries: compile with --emit c-source"
+        )
+    if emit != "c-source":
+        toolchain.find(target)
 
 
 def _specs(tensors: dict[str, np.ndarray]) -> tuple[Tensor, ...]:

@@ -1,0 +1,275 @@
+"""A program as a C library without a runtime: header, driver, and kernels as LLVM's objects or as C99.
+
+<name>.h, lib<name>.so, lib<name>.a     c-lib: kernels by LLVM, for one CPU
+<name>.h, <name>.c                      c-source: C99, for any compiler
+<name>.py                               the library from Python, with NumPy alone (c-lib)
+<name>-config.cmake                     find_package(<name>): the target <name>::<name>
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import keyword
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import tvm
+from tvm import tirx
+
+from pipeline import c_source, compiler, program, toolchain, workspace
+from pipeline.artifact import CLibrary, Manifest
+from pipeline.artifact import Tensor as Spec
+from pipeline.kernel import Part
+from pipeline.program import Program, Tensor
+from targets import Target
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("pipeline"),
+    variable_start_string="[[",  # C is full of braces
+    variable_end_string="]]",
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+_TEMPLATES.filters["quoted"] = json.dumps
+_SCALARS = [(d, c_source.type_name(d)) for d in ("float32", "int8", "uint8", "int16", "uint16", "int32", "uint32")]
+_HWCAPS = {  # Linux, arch/{arm64,arm}/include/uapi/asm/hwcap.h
+    "aarch64": {"fp": 0, "asimd": 1, "fphp": 9, "asimdhp": 10, "asimddp": 20},
+    "armv7l": {"neon": 12, "vfpv4": 16},
+}
+_C_WORDS = set(
+    "auto break case char const continue default do double else enum extern float for goto if inline int long register "
+    "restrict return short signed sizeof static struct switch typedef union unsigned void volatile while bool true "
+    "false asm and bitand bitor catch class compl delete explicit export friend mutable namespace new not operator or "
+    "private protected public template this throw try typeid typename using virtual xor workspace pool memory".split()
+)
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """A tensor of the run function. id: its name in C."""
+
+    role: Literal["input", "output"]
+    id: str
+    spec: Spec
+    tensor: Tensor
+
+    @property
+    def declaration(self) -> str:
+        return f"{'const ' if self.role == 'input' else ''}{c_source.type_name(self.spec.dtype)} *{self.id}"
+
+
+def check_name(name: str) -> str:
+    """``name``, if a C library can be called that.
+
+    Raises:
+        ValueError: it is no identifier.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in _C_WORDS or keyword.iskeyword(name):
+        raise ValueError(f"'{name}' cannot name a C library: give --name with letters, digits and underscores")
+    return name
+
+
+def write(
+    lowered: tvm.IRModule, manifest: Manifest, name: str, folder: Path, target: Target, records: Path | None
+) -> dict[str, Any]:
+    """Write the library of a lowered module to ``folder``; returns the fields of its manifest that it decides.
+
+    Raises:
+        ValueError: C has no words for a kernel, or there is no compiler for the target.
+    """
+    source = manifest.emit == "c-source"
+    if source:  # the intrinsics of its adder network are one CPU's
+        target = dataclasses.replace(target, byte_counter=None)
+    scheduled, kernels, tuned = compiler.scheduled(lowered, target, manifest.threads, records)
+    llvm = target.tvm_target(manifest.threads)
+    compiles_for = tvm.target.Target({"kind": "c"}) if source else llvm
+    registers = target.registers * target.vector_bits // 8
+    outputs = tuple(spec.name for spec in manifest.outputs)
+    made = program.make(scheduled, outputs, name, compiles_for, manifest.threads, registers)
+    tools = None if source else toolchain.find(target)
+    record = CLibrary(
+        name=name,
+        workspace_bytes=max(made.workspace_bytes, workspace.ALIGNMENT),
+        workspace_bound=made.workspace_bound,
+        constant_bytes=sum(constant.bytes for constant in made.constants),
+        toolchain=tools.name if tools else "",
+    )
+    parts = [part for kernel in made.kernels for part in kernel.parts]
+    module = tirx.transform.LowerIntrin()(tvm.IRModule({part.symbol: part.function for part in parts}))
+    if source:
+        text = "\n\n".join(c_source.define(module[part.symbol]) for part in parts)
+        constants = "\n\n".join(_array(tensor) for tensor in made.constants)
+    else:
+        text, constants = "", _references(made, name)
+    values = _values(made, manifest, record, target, parts, text) | {"constants": constants}
+    values["interface"] = _interface(values)
+    (folder / f"{name}.h").write_text(_render("library.h", values))
+    (folder / f"{name}-config.cmake").write_text(_render("config.cmake", values))
+    driver = _render("library.c", values)
+    if tools is None:
+        (folder / f"{name}.c").write_text(driver)
+    else:
+        (folder / f"{name}.py").write_text(_render("network.py", values))
+        _link(made, name, folder, driver, tvm.get_global_func("target.build.llvm")(module, llvm), tools)
+    return {"kernels": kernels, "tuned_kernels": tuned, "c_library": record}
+
+
+def _render(template: str, values: dict[str, Any]) -> str:
+    return _TEMPLATES.get_template(template).render(values).rstrip() + "\n"
+
+
+def _interface(values: dict[str, Any]) -> int:
+    """A number that changes with the header."""
+    return int(hashlib.sha256(_render("library.h", values | {"interface": 0}).encode()).hexdigest()[:8], 16)
+
+
+def _values(
+    made: Program, manifest: Manifest, record: CLibrary, target: Target, parts: Sequence[Part], kernels: str
+) -> dict[str, Any]:
+    """What the templates name."""
+    arguments = _arguments(made, manifest)
+    ids = {argument.tensor: argument.id for argument in arguments}
+    cpu, features = ("", "") if kernels else _features(target)
+    memories = [(a.role, f"{a.id}, sizeof *{a.id} * {a.tensor.elements}") for a in arguments]
+    memories.append(("workspace", f"memory, {record.name.upper()}_WORKSPACE_BYTES"))
+    signatures = {part.symbol: c_source.parameters(part.function) for part in parts}
+    return {
+        "name": record.name,
+        "NAME": record.name.upper(),
+        "version": version("crossbit"),
+        "manifest": manifest,
+        "record": record,
+        "alignment": workspace.ALIGNMENT,
+        "tensors": arguments,
+        "declarations": ", ".join(argument.declaration for argument in arguments),
+        "arguments": ", ".join(argument.id for argument in arguments),
+        "pairs": [(a, b) for (role, a), (other, b) in combinations(memories, 2) if {role, other} != {"input"}],
+        "scalar_types": _SCALARS,
+        "kernels": kernels,
+        "cpu": cpu,
+        "features": features,
+        "signatures": signatures,
+        "parallel": {part.symbol: _fields(signatures[part.symbol]) for part in parts if part.extent is not None},
+        "calls": _calls(made, ids, signatures),
+    }
+
+
+def _fields(signature: list[str]) -> list[str]:
+    """The members of a struct of a kernel's pointers."""
+    return [re.sub(r"restrict \w+$", f"p{i}", text) for i, text in enumerate(signature[:-3])]
+
+
+def _arguments(made: Program, manifest: Manifest) -> list[_Argument]:
+    taken: set[str] = set()
+
+    def named(name: str) -> str:
+        stem = re.sub(r"\W", "_", name, flags=re.ASCII)
+        stem = stem if re.match(r"[A-Za-z]", stem) else f"t{stem}"
+        unique, i = stem, 2
+        while unique.lower() in taken or unique in _C_WORDS:
+            unique, i = f"{stem}_{i}", i + 1
+        taken.add(unique.lower())
+        return unique
+
+    return [
+        _Argument(role, named(spec.name), spec, tensor)  # type: ignore[arg-type]
+        for role, specs, tensors in (
+            ("input", manifest.inputs, made.inputs),
+            ("output", manifest.outputs, made.outputs),
+        )
+        for spec, tensor in zip(specs, tensors, strict=True)
+    ]
+
+
+def _features(target: Target) -> tuple[str, Any]:
+    """How a library asks for the CPU's features, and which."""
+    if target.machine == "x86_64":  # GCC writes names without the kernel's underscores
+        return "builtin", sorted(feature.replace("_", "") for feature in target.features)
+    bits = _HWCAPS.get(target.machine, {})
+    mask = sum(1 << bits[feature] for feature in target.features)
+    return ("hwcap", f"0x{mask:x}ul") if mask else ("", "")
+
+
+def _calls(made: Program, ids: dict[Tensor, str], signatures: dict[str, list[str]]) -> list[str]:
+    """The lines that run the kernels."""
+
+    def place(tensor: Tensor, parameter: str) -> str:
+        if tensor.kind == "scratch":
+            return f"({parameter.split('restrict')[0].strip()})(memory + {tensor.offset})"
+        return tensor.name if tensor.kind == "constant" else ids[tensor]
+
+    lines = []
+    for call in made.calls:
+        for part in call.kernel.parts:
+            given = ", ".join(place(t, p) for t, p in zip(call.tensors, signatures[part.symbol], strict=False))
+            if part.extent is None:
+                lines.append(f"{part.symbol}({given});")
+            else:
+                lines.append(f"{{ struct {part.symbol}_arguments a = {{{given}}};")
+                lines.append(f"  share(pool, {part.symbol}_range, &a, {part.extent}); }}")
+    lines += [f"memcpy({ids[t]}, {place(source, 'const void *restrict')}, {t.bytes});" for t, source in made.copies]
+    return lines
+
+
+def _array(constant: Tensor) -> str:
+    """The definition of a constant in C99."""
+    assert constant.data is not None
+    values = [c_source.literal(value, constant.dtype) for value in constant.data.ravel().tolist()]
+    rows = ["  " + ", ".join(values[i : i + 12]) for i in range(0, len(values), 12)]
+    kind = c_source.type_name(constant.dtype)
+    size = len(values)
+    return f"static const {kind} CROSSBIT_ALIGNED {constant.name}[{size}] = {{\n" + ",\n".join(rows) + "\n};"
+
+
+def _references(made: Program, name: str) -> str:
+    """Names for constants that lie in one block of the library."""
+    lines, at = [f'extern const char {name}_constants[] __attribute__((visibility("hidden")));'], 0
+    for constant in made.constants:
+        kind = c_source.type_name(constant.dtype)
+        lines.append(f"#define {constant.name} ((const {kind} *)({name}_constants + {at}))")
+        at += workspace.aligned(constant.bytes)
+    return "\n".join(lines)
+
+
+_CONSTANTS = """\
+  .section .rodata.{name}_constants,"a",%progbits
+  .balign {alignment}
+  .globl {name}_constants
+  .hidden {name}_constants
+{name}_constants:
+  .incbin "{folder}/constants.bin"
+  .section .note.GNU-stack,"",%progbits
+"""
+
+
+def _link(made: Program, name: str, folder: Path, driver: str, kernels: Any, tools: toolchain.Toolchain) -> None:
+    """lib<name>.so and lib<name>.a."""
+    with tempfile.TemporaryDirectory() as scratch:
+        at = Path(scratch)
+        with (at / "constants.bin").open("wb") as file:
+            for constant in made.constants:
+                assert constant.data is not None
+                file.write(constant.data.tobytes().ljust(workspace.aligned(constant.bytes), b"\0"))
+        (at / "constants.s").write_text(_CONSTANTS.format(name=name, alignment=workspace.ALIGNMENT, folder=at))
+        (at / "driver.c").write_text(driver)
+        kernels.write_to_file(str(at / "kernels.o"))
+        (at / "exports").write_text(f"{{ global: {name}_run_with; {name}_strerror; {name}_model; local: *; }};\n")
+        code = ("-c", "-fPIC", "-std=c11", "-O2", "-ffunction-sections", "-fdata-sections", f"-I{folder}")
+        tools.run(*tools.cc, *code, "-o", f"{at}/driver.o", f"{at}/driver.c")
+        tools.run(*tools.cc, "-c", "-o", f"{at}/constants.o", f"{at}/constants.s")
+        objects = [f"{at}/{part}.o" for part in ("driver", "kernels", "constants")]
+        small = ("-Wl,--gc-sections", "-Wl,-s", "-Wl,-z,max-page-size=4096", "-Wl,-z,defs")
+        versions = f"-Wl,--version-script={at}/exports"
+        tools.run(*tools.cc, "-shared", *small, versions, "-o", str(folder / f"lib{name}.so"), *objects, "-lm")
+        tools.run(*tools.cc, "-nostdlib", "-r", "-Wl,-S", "-o", f"{at}/{name}.o", *objects)
+        tools.run(*tools.ar, "rcs", str(folder / f"lib{name}.a"), f"{at}/{name}.o")
