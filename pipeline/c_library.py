@@ -47,10 +47,7 @@ _HWCAPS = {  # Linux, arch/{arm64,arm}/include/uapi/asm/hwcap.h
     "armv7l": {"neon": 12, "vfpv4": 16},
 }
 _C_WORDS = set(
-    "auto break case char const continue default do double else enum extern float for goto if inline int long register "
-    "restrict return short signed sizeof static struct switch typedef union unsigned void volatile while bool true "
-    "false asm and bitand bitor catch class compl delete explicit export friend mutable namespace new not operator or "
-    "private protected public template this throw try typeid typename using virtual xor workspace pool memory".split()
+    ["auto", "break", "case", "char", "const", "continue", "default", "do", "double", "else", "enum", "extern", "float", "for", "goto", "if", "inline", "int", "long", "register", "restrict", "return", "short", "signed", "sizeof", "static", "struct", "switch", "typedef", "union", "unsigned", "void", "volatile", "while", "bool", "true", "false", "asm", "and", "bitand", "bitor", "catch", "class", "compl", "delete", "explicit", "export", "friend", "mutable", "namespace", "new", "not", "operator", "or", "private", "protected", "public", "template", "this", "throw", "try", "typeid", "typename", "using", "virtual", "xor", "workspace", "pool", "memory"]
 )
 
 
@@ -125,7 +122,7 @@ def write(
 
 
 def _render(template: str, values: dict[str, Any]) -> str:
-    return _TEMPLATES.get_template(template).render(values).rstrip() + "\n"
+    return _TEMPLATES.get_template(f"{template}.jinja").render(values).rstrip() + "\n"
 
 
 def _interface(values: dict[str, Any]) -> int:
