@@ -46,9 +46,11 @@ _HWCAPS = {  # Linux, arch/{arm64,arm}/include/uapi/asm/hwcap.h
     "aarch64": {"fp": 0, "asimd": 1, "fphp": 9, "asimdhp": 10, "asimddp": 20},
     "armv7l": {"neon": 12, "vfpv4": 16},
 }
-_C_WORDS = set(
-    ["auto", "break", "case", "char", "const", "continue", "default", "do", "double", "else", "enum", "extern", "float", "for", "goto", "if", "inline", "int", "long", "register", "restrict", "return", "short", "signed", "sizeof", "static", "struct", "switch", "typedef", "union", "unsigned", "void", "volatile", "while", "bool", "true", "false", "asm", "and", "bitand", "bitor", "catch", "class", "compl", "delete", "explicit", "export", "friend", "mutable", "namespace", "new", "not", "operator", "or", "private", "protected", "public", "template", "this", "throw", "try", "typeid", "typename", "using", "virtual", "xor", "workspace", "pool", "memory"]
-)
+_C_WORDS = """auto break case char const continue default do double else enum extern float for goto if inline int long
+register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while bool true
+false asm and bitand bitor catch class compl delete explicit export friend mutable namespace new not operator or private
+protected public template this throw try typeid typename using virtual xor workspace pool memory"""
+_TAKEN = frozenset(re.findall(r"\w+", _C_WORDS))  # keywords of C and C++, and the other names in the run function
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def check_name(name: str) -> str:
     Raises:
         ValueError: it is no identifier.
     """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in _C_WORDS or keyword.iskeyword(name):
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in _TAKEN or keyword.iskeyword(name):
         raise ValueError(f"'{name}' cannot name a C library: give --name with letters, digits and underscores")
     return name
 
@@ -173,7 +175,7 @@ def _arguments(made: Program, manifest: Manifest) -> list[_Argument]:
         stem = re.sub(r"\W", "_", name, flags=re.ASCII)
         stem = stem if re.match(r"[A-Za-z]", stem) else f"t{stem}"
         unique, i = stem, 2
-        while unique.lower() in taken or unique in _C_WORDS:
+        while unique.lower() in taken or unique in _TAKEN:
             unique, i = f"{stem}_{i}", i + 1
         taken.add(unique.lower())
         return unique
