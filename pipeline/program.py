@@ -177,7 +177,8 @@ def _planned(
     workers: int,
 ) -> Program:
     """Everything in its place."""
-    calls, alive = [], {}
+    calls = []
+    alive: dict[Tensor, tuple[int, int]] = {}
     for i, (name, tensors) in enumerate(reader.steps):
         sizes = [workspace.aligned(t.size) * workers if t.each_worker else t.size for t in kernels[name].temporaries]
         tensors = [*tensors, *(Tensor("scratch", (size,), "uint8") for size in sizes)]
