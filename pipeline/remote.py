@@ -123,7 +123,7 @@ class RemoteSession(Session):
         self._lock = board.lock
         self._device = board.device
         advice = "compile with a --target of that board"
-        with board.errors():
+        with board.lock, board.errors():
             if not manifest.machine.startswith(board.machine):  # 'armv7l' is LLVM's 'arm' or 'armv7'
                 raise ValueError(
                     f"{self.folder}: compiled for {manifest.machine}, {board} is {board.machine}; {advice}"
@@ -191,6 +191,8 @@ def _request(tracker: str, key: str, wait: float) -> tuple[str, int, str]:
         except TimeoutError:
             busy = f"board '{key}' of tracker {tracker} was busy for {wait:g} seconds; try again later"
             raise TimeoutError(busy) from None
+        except OSError as error:
+            raise ConnectionError(f"tracker {tracker} went away ({error}); start it again") from error
     return host, port, match_key
 
 

@@ -21,9 +21,10 @@ from pipeline.session import Session
 
 SOURCE = Path(__file__).parents[1] / "examples" / "cpp_tvm"
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("cmake") and shutil.which("c++")), reason="needs cmake and a C++ compiler"
-)
+pytestmark = [
+    pytest.mark.slow,  # trains, compiles, builds
+    pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="needs cmake and a C++ compiler"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from pipeline.packaging import compile_network
 from pipeline.remote import Board
 from pipeline.session import Session
 
+pytestmark = pytest.mark.slow  # starts three Pythons with TVM in them
 pytest.importorskip("tornado", reason="TVM's tracker needs it")
 pytest.importorskip("psutil", reason="TVM's servers need it")
 
