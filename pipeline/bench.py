@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from pipeline import artifact, session
+from pipeline.remote import Board
 from pipeline.session import Session
 from targets import cpu_name
 
@@ -41,12 +42,17 @@ class Measurement(_Record):
 
 
 class Bench(_Record):
-    """Measurements of one run on one machine."""
+    """Measurements of one run on one machine.
+
+    Attributes:
+        board: where it was measured, over RPC, by the board's clock; None for this machine.
+    """
 
     cpu: str
     threads: int
     date: str
     emulated: bool
+    board: str | None = None
     measurements: tuple[Measurement, ...]
 
 
@@ -56,17 +62,24 @@ def bench(
     threads: int,
     rounds: int = 30,
     on_round: Callable[[int, int], None] = lambda done, total: None,
+    board: Board | None = None,
 ) -> Bench:
     """Time artifacts, and ONNX files in ONNX Runtime at the first artifact's batch, with ``threads`` threads each.
 
     Args:
         on_round: called with the rounds done and in all.
+        board: where to run the artifacts instead of here.
 
     Raises:
-        ValueError: an artifact that fails its golden pair or was compiled for another number of threads.
+        ValueError: an artifact that fails its golden pair or was compiled for another number of threads; ONNX files
+            for a board.
+        OSError: the board went away.
     """
-    subjects = [_artifact(folder, threads) for folder in artifacts]
-    batch = artifact.read(artifacts[0]).inputs[0].shape[0] if artifacts else 1
+    if board is not None and models:
+        raise ValueError(f"{models[0]}: ONNX Runtime runs on this machine, not on {board}; leave the ONNX files out")
+    sessions = [board.open(folder) if board else session.open_session(folder) for folder in artifacts]
+    subjects = [_artifact(loaded, threads) for loaded in sessions]
+    batch = sessions[0].manifest.inputs[0].shape[0] if sessions else 1
     subjects += [_onnx_file(path, threads, batch) for path in models]
     # A round of a subject lasts some 5 ms; this first call is its warm-up.
     calls = [max(1, int(0.005 / subject.seconds(3))) for subject in subjects]
@@ -78,10 +91,11 @@ def bench(
             times.append(subject.seconds(count))
         on_round(done + 1, rounds)
     return Bench(
-        cpu=cpu_name(),
+        cpu=(board.cpu or "unknown CPU") if board else cpu_name(),
         threads=threads,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         emulated=False,
+        board=str(board) if board else None,
         measurements=tuple(_measurement(s, times) for s, times in zip(subjects, seconds, strict=True)),
     )
 
@@ -111,11 +125,11 @@ def _measurement(subject: _Subject, seconds: list[float]) -> Measurement:
     )
 
 
-def _artifact(folder: Path, threads: int) -> _Subject:
-    verdict = session.verify(folder)
+def _artifact(loaded: Session, threads: int) -> _Subject:
+    folder = loaded.folder
+    verdict = session.verify(loaded)
     if not verdict.passed:
         raise ValueError(f"{folder}: differs from ONNX Runtime by {verdict.error:.3g}, so it is not timed")
-    loaded = Session(folder)
     if loaded.manifest.threads != threads:
         raise ValueError(f"{folder}: compiled for {loaded.manifest.threads} threads, asked to time {threads}")
     inputs, _ = artifact.golden(folder)

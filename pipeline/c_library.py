@@ -115,10 +115,10 @@ def write(
     (folder / f"{name}.h").write_text(_render("library.h", values))
     (folder / f"{name}-config.cmake").write_text(_render("config.cmake", values))
     driver = _render("library.c", values)
+    (folder / f"{name}.py").write_text(_render("network.py", values))
     if tools is None:
         (folder / f"{name}.c").write_text(driver)
     else:
-        (folder / f"{name}.py").write_text(_render("network.py", values))
         _link(made, name, folder, driver, tvm.get_global_func("target.build.llvm")(module, llvm), tools)
     return {"kernels": kernels, "tuned_kernels": tuned, "c_library": record}
 
@@ -139,7 +139,7 @@ def _values(
     arguments = _arguments(made, manifest)
     ids = {argument.tensor: argument.id for argument in arguments}
     cpu, features = ("", "") if kernels else _features(target)
-    memories = [(a.role, f"{a.id}, sizeof *{a.id} * {a.tensor.elements}") for a in arguments]
+    memories: list[tuple[str, str]] = [(a.role, f"{a.id}, sizeof *{a.id} * {a.tensor.elements}") for a in arguments]
     memories.append(("workspace", f"memory, {record.name.upper()}_WORKSPACE_BYTES"))
     signatures = {part.symbol: c_source.parameters(part.function) for part in parts}
     return {

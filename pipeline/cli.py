@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -19,6 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import targets
+
+if TYPE_CHECKING:
+    from pipeline.remote import Board
+    from pipeline.session import Session
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 out, err = Console(), Console(stderr=True)
@@ -29,6 +33,8 @@ Threads = Annotated[int, typer.Option(min=1, help="Cores that the library shares
 Batch = Annotated[int, typer.Option(min=1, help="Examples per call.")]
 Records = Annotated[Path, typer.Option(help="Where tuning records of all targets lie.")]
 OnnxFile = Annotated[Path, typer.Argument(help="An ONNX file.")]
+Rpc = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Run on a board of this TVM tracker, with --key.")]
+Key = Annotated[str | None, typer.Option(help="The key that the board registered with.")]
 ArtifactFolder = Annotated[Path, typer.Argument(help="A folder that `crossbit compile` wrote.")]
 
 
@@ -218,6 +224,8 @@ def verify(
         str | None, typer.Option(help="Also the accuracy on this data set's test half: digits, ...")
     ] = None,
     path: Annotated[Path | None, typer.Option(help="Where that data set lies, if it is not packaged.")] = None,
+    rpc: Rpc = None,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Check an artifact: every file, the CPU, and the golden pair. Exit code 1 where it differs.
@@ -226,31 +234,46 @@ def verify(
     """
     from pipeline import session
 
-    verdict = session.verify(folder)
+    board = _board(rpc, key)
+    loaded = board.open(folder) if board else session.open_session(folder)
+    verdict = session.verify(loaded)
     summary: dict[str, Any] = {**dataclasses.asdict(verdict), "passed": verdict.passed}
+    if board is not None:
+        summary["board"] = str(board)
     if data is not None:
-        summary["accuracy"] = _compiled_accuracy(folder, data, path)
+        summary["accuracy"] = _compiled_accuracy(loaded, data, path)
         (folder.parent / f"{folder.name}.verify.json").write_text(json.dumps(summary) + "\n")
     if as_json:
         _print_json(summary)
     else:
         word = "verified" if verdict.passed else "differs"
+        where = f" on {board}, over RPC" if board else ""
         accuracy = f", test accuracy {summary['accuracy']:.2%}" if data else ""
-        _say(word, f"{folder}: largest error {verdict.error:.3g}, limit {verdict.limit:.3g}{accuracy}")
+        _say(word, f"{folder}{where}: largest error {verdict.error:.3g}, limit {verdict.limit:.3g}{accuracy}")
     if not verdict.passed:
         raise typer.Exit(1)
 
 
-def _compiled_accuracy(folder: Path, name: str, path: Path | None) -> float:
-    from pipeline import data as datasets
-    from pipeline.session import Session
+def _board(rpc: str | None, key: str | None) -> Board | None:
+    if rpc is None and key is None:
+        return None
+    if rpc is None or key is None:
+        raise ValueError("--rpc HOST:PORT (of a tracker) and --key KEY (of a board) go together; give both")
+    from pipeline.remote import Board
 
-    loaded = Session(folder)
+    return Board(rpc, key)
+
+
+def _compiled_accuracy(loaded: Session, name: str, path: Path | None) -> float:
+    from pipeline import data as datasets
+
     test = datasets.load(name, path).test  # type: ignore[arg-type]
     (spec,), (result,) = loaded.manifest.inputs, loaded.manifest.outputs
     images = datasets.to_float(test.images).numpy()
     if spec.shape != (1, *images.shape[1:]):
-        raise ValueError(f"{folder}: takes {list(spec.shape)}, and {name} has images of {list(images.shape[1:])}")
+        raise ValueError(
+            f"{loaded.folder}: takes {list(spec.shape)}, and {name} has images of {list(images.shape[1:])}"
+        )
     hits = sum(
         int(loaded.run({spec.name: image[None]})[result.name].argmax() == int(label))
         for image, label in zip(images, test.labels, strict=True)
@@ -265,6 +288,8 @@ def bench(
     threads: Threads = 1,
     rounds: Annotated[int, typer.Option(min=3, help="Rounds of some 5 ms a subject.")] = 30,
     profile: Annotated[bool, typer.Option(help="Also the time of every kernel of the first artifact.")] = False,
+    rpc: Rpc = None,
+    key: Key = None,
     file: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON there.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -272,17 +297,21 @@ def bench(
 
     Example: crossbit bench runs/m16/tuned --onnx runs/float/model.onnx
     """
-    from pipeline import artifact
+    from pipeline import artifact, session
     from pipeline import bench as benching
-    from pipeline.session import Session
 
+    board = _board(rpc, key)
+    if board is not None and profile:
+        raise ValueError(f"--profile does not reach {board}: kernels are timed by a callback; profile on the board")
     with _progress("timing") as advance:
-        result = benching.bench(folders, onnx, threads, rounds, lambda done, total: advance(done, total, "rounds"))
+        result = benching.bench(
+            folders, onnx, threads, rounds, lambda done, total: advance(done, total, "rounds"), board
+        )
     if file is not None:
         file.write_text(result.model_dump_json(indent=2) + "\n")
     kernels = {}
     if profile:
-        kernels = Session(folders[0]).kernel_seconds(artifact.golden(folders[0])[0], calls=10)
+        kernels = session.open_session(folders[0]).kernel_seconds(artifact.golden(folders[0])[0], calls=10)
     if as_json:
         _print_json({**result.model_dump(), **({"kernels": kernels} if profile else {})})
         return
@@ -298,7 +327,8 @@ def bench(
         )
         for m in result.measurements
     ]
-    title = f"{result.cpu}, {threads} thread(s), {result.date}"
+    where = f" on {board}, over RPC" if board else ""
+    title = f"{result.cpu}{where}, {threads} thread(s), {result.date}"
     _table(title, ("subject", "runtime", "median us", "p10", "p90", "speed"), rows)
     if profile:
         whole = sum(kernels.values())

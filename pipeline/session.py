@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import platform
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import tvm
@@ -13,33 +17,69 @@ import tvm
 from pipeline import artifact
 from targets import cpu_features
 
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound="Session")
+
+ALL_CORES = 1  # of the affinity modes of TVM's thread pool; see pipeline/__init__.py for the pool's size
+
+
+def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Refuse a second thread while one is in a session; give TVM's thread pool the artifact's size."""
+
+    @functools.wraps(method)
+    def guarded(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(f"{self.folder}: this session is running in another thread; open one session a thread")
+        try:
+            if self.manifest.threads > 1:
+                # The pool belongs to the calling thread, and has the size that the last session there gave it. Code
+                # for one thread never asks for it, and without it no workers are started.
+                self._configure(ALL_CORES, self.manifest.threads)
+            return method(self, *args, **kwargs)
+        finally:
+            self._lock.release()
+
+    return guarded
+
 
 class Session:
-    """A loaded artifact. One session is for one thread at a time (TVM's virtual machine is not re-entrant).
+    """A loaded artifact. One session is for one thread at a time: TVM's virtual machine is not re-entrant.
+
+    Sessions of one artifact in several threads share the library's code and constants, and run at the same time.
+    Inputs are copied, so they may lie anywhere in memory and have any strides.
 
     Raises:
         ValueError: no intact artifact, or this CPU cannot run it.
+        RuntimeError: a method called while another thread is in one.
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.manifest = artifact.read(folder)
+        self._lock = threading.Lock()
+        self._load()
+
+    def _check_cpu(self) -> None:
         if platform.machine() != self.manifest.machine:
             raise ValueError(
-                f"{folder}: compiled for {self.manifest.machine}, this is {platform.machine()}; "
+                f"{self.folder}: compiled for {self.manifest.machine}, this is {platform.machine()}; "
                 f"compile with a --target of this machine"
             )
         if missing := sorted(set(self.manifest.features) - cpu_features()):
             raise ValueError(
-                f"{folder}: compiled for {self.manifest.target}, and this CPU lacks {', '.join(missing)}; "
+                f"{self.folder}: compiled for {self.manifest.target}, and this CPU lacks {', '.join(missing)}; "
                 f"compile with --target host on this machine"
             )
-        library = tvm.runtime.load_module(str(folder / artifact.LIBRARY))
-        all_cores = 1  # of TVM's affinity modes; see pipeline/__init__.py for the size of the pool
-        tvm.get_global_func("runtime.config_threadpool")(all_cores, self.manifest.threads)
+
+    def _load(self) -> None:
+        self._check_cpu()
         self._device = tvm.cpu()
+        self._configure = tvm.get_global_func("runtime.config_threadpool")
+        library = tvm.runtime.load_module(str(self.folder / artifact.LIBRARY))
         self._machine = tvm.runtime.vm.VirtualMachine(library, self._device)
 
-    def _tensors(self, inputs: dict[str, np.ndarray]) -> list[tvm.runtime.Tensor]:
+    def _check_inputs(self, inputs: dict[str, np.ndarray]) -> None:
         expected = {spec.name: spec for spec in self.manifest.inputs}
         if set(inputs) != set(expected):
             raise ValueError(f"the inputs are {sorted(expected)}, given {sorted(inputs)}")
@@ -49,18 +89,28 @@ class Session:
                 raise ValueError(
                     f"input '{name}' is {spec.dtype} {list(spec.shape)}, given {array.dtype} {list(array.shape)}"
                 )
-        return [tvm.runtime.tensor(np.ascontiguousarray(inputs[s.name])) for s in self.manifest.inputs]
 
+    def _tensors(self, inputs: dict[str, np.ndarray]) -> list[tvm.runtime.Tensor]:
+        self._check_inputs(inputs)
+        # A copy: TVM's allocator aligns it to the 64 bytes that compiled code takes for granted.
+        return [tvm.runtime.tensor(np.ascontiguousarray(inputs[s.name]), self._device) for s in self.manifest.inputs]
+
+    def _call(self, tensors: list[tvm.runtime.Tensor]) -> Any:
+        """One tensor, or a sequence of them."""
+        return self._machine["main"](*tensors)
+
+    @exclusive
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs by name for float32 inputs by name.
 
         Raises:
             ValueError: a wrong name, shape or dtype.
         """
-        result = self._machine["main"](*self._tensors(inputs))
+        result = self._call(self._tensors(inputs))
         results = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
         return {spec.name: r.numpy() for spec, r in zip(self.manifest.outputs, results, strict=True)}
 
+    @exclusive
     def seconds(self, inputs: dict[str, np.ndarray], calls: int) -> float:
         """Seconds of one call, the mean of ``calls`` in a row; the copy of the inputs is not timed."""
         tensors = self._tensors(inputs)
@@ -70,6 +120,7 @@ class Session:
             function(*tensors)
         return (time.perf_counter() - start) / calls
 
+    @exclusive
     def kernel_seconds(self, inputs: dict[str, np.ndarray], calls: int) -> dict[str, float]:
         """Seconds of every kernel of one call, the least of ``calls`` runs, in the order of execution."""
         runs: list[list[tuple[str, float]]] = []
@@ -93,6 +144,17 @@ class Session:
         return {f"{i:02d} {runs[0][i][0]}": seconds for i, seconds in enumerate(least)}
 
 
+def open_session(folder: Path) -> Session:
+    """A session of an artifact of any kind.
+
+    Raises:
+        ValueError: as `Session`.
+    """
+    from pipeline.library_session import LibrarySession
+
+    return Session(folder) if artifact.read(folder).emit == "vm" else LibrarySession(folder)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How an artifact does on its golden pair. error: the largest absolute difference, in units of the output."""
@@ -106,14 +168,14 @@ class Verdict:
         return self.error <= self.limit
 
 
-def verify(folder: Path) -> Verdict:
-    """Run the golden input, compare with the golden output of ONNX Runtime.
+def verify(source: Path | Session) -> Verdict:
+    """Run the golden input of an artifact, or of the one that a session has open; compare with ONNX Runtime's output.
 
     Raises:
         ValueError: as `Session`.
     """
-    session = Session(folder)
-    inputs, expected = artifact.golden(folder)
+    session = open_session(source) if isinstance(source, Path) else source
+    inputs, expected = artifact.golden(session.folder)
     outputs = session.run(inputs)
     error = max(float(np.max(np.abs(outputs[name] - expected[name]), initial=0.0)) for name in expected)
     size = max(float(np.max(np.abs(value), initial=0.0)) for value in expected.values())

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import tvm
 
 import targets
 from pipeline import artifact, inspection, session
@@ -317,6 +319,105 @@ def test_inputs_need_not_be_contiguous(small_artifact: Path, rng: np.random.Gene
         np.testing.assert_array_equal(loaded.run({"x": same})["y"], loaded.run({"x": x})["y"])
 
 
+@pytest.mark.parametrize("offset", [4, 8, 20, 60])
+def test_inputs_need_not_be_aligned(offset: int, small_artifact: Path, rng: np.random.Generator) -> None:
+    """Compiled code crashes on what does not start at a multiple of 64 bytes; a session hands it copies that do."""
+    loaded = Session(small_artifact)
+    memory = np.empty(2 * 64 + 4 * 64, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    x = memory[start : start + 4 * 64].view(np.float32).reshape(1, 1, 8, 8)
+    assert x.ctypes.data % 64 == offset
+    x[:] = rng.normal(0, 1, x.shape)
+    np.testing.assert_array_equal(loaded.run({"x": x})["y"], loaded.run({"x": x.copy()})["y"])
+
+
+def test_a_session_is_for_one_thread_at_a_time(small_artifact: Path, rng: np.random.Generator) -> None:
+    """Without the lock, TVM's machine crashes here or mixes the calls up."""
+    loaded = Session(small_artifact)
+    inputs = {"x": rng.normal(0, 1, (1, 1, 8, 8)).astype(np.float32)}
+    expected = loaded.run(inputs)["y"]
+    refused, wrong = [], []
+
+    def call() -> None:
+        for _ in range(300):
+            try:
+                wrong.append(not np.array_equal(loaded.run(inputs)["y"], expected))
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    timing = threading.Thread(target=loaded.seconds, args=(inputs, 50_000))
+    for thread in threads:
+        thread.join()
+    assert not any(wrong)
+    timing.start()
+    while not loaded._lock.locked():
+        pass
+    for method, arguments in ((loaded.run, []), (loaded.seconds, [1]), (loaded.kernel_seconds, [1])):
+        with pytest.raises(RuntimeError, match="artifact: this session is running in another thread; open one session"):
+            method(inputs, *arguments)  # type: ignore[operator]
+    timing.join()
+    assert set(refused) <= {f"{small_artifact}: this session is running in another thread; open one session a thread"}
+    np.testing.assert_array_equal(loaded.run(inputs)["y"], expected)
+
+
+def test_a_refused_call_leaves_the_session_free(small_artifact: Path) -> None:
+    loaded = Session(small_artifact)
+    with pytest.raises(ValueError, match="the inputs are"):
+        loaded.run({})
+    assert session.verify(loaded).passed
+
+
+def test_sessions_of_one_artifact_run_at_the_same_time(
+    small_artifact: Path, small_model: Path, rng: np.random.Generator
+) -> None:
+    """Four threads, each with its own session and pictures, meet in every round."""
+    x = rng.normal(0, 1, (4, 50, 1, 1, 8, 8)).astype(np.float32)
+    alone = Session(small_artifact)
+    expected = [[alone.run({"x": image})["y"] for image in images] for images in x]
+    together = threading.Barrier(4)
+    found: dict[int, list[np.ndarray]] = {}
+
+    def call(index: int) -> None:
+        mine = Session(small_artifact)
+        outputs = []
+        for image in x[index]:
+            together.wait(60)
+            outputs.append(mine.run({"x": image})["y"])
+        found[index] = outputs
+
+    threads = [threading.Thread(target=call, args=[i]) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        np.testing.assert_array_equal(found[i], expected[i])
+
+
+@pytest.mark.skipif(targets.cores() < 2, reason="TVM's pool has one thread here")
+def test_every_call_has_the_threads_it_was_compiled_for(small_model: Path, tmp_path: Path) -> None:
+    """Whatever size the pool of the calling thread has had before."""
+    compile_network(small_model, tmp_path / "two", targets.host(), threads=2)
+    inputs, _ = artifact.golden(tmp_path / "two")
+    loaded = Session(tmp_path / "two")
+    configure, size = (tvm.get_global_func(f"runtime.{name}") for name in ("config_threadpool", "NumThreads"))
+    found = []
+
+    def call() -> None:
+        configure(session.ALL_CORES, 1)
+        loaded.run(inputs)
+        found.append(size())
+
+    call()
+    other = threading.Thread(target=call)
+    other.start()
+    other.join()
+    assert found == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
@@ -379,6 +480,14 @@ def test_verify_passes(small_artifact: Path) -> None:
     assert verdict.passed
     assert verdict.target == targets.host().name
     assert 0 <= verdict.error <= verdict.limit < 1
+
+
+def test_verify_takes_an_open_session(small_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And reads no file but the golden pair."""
+    loaded = Session(small_artifact)
+    expected = session.verify(small_artifact)
+    monkeypatch.setattr(artifact, "sha256", None)
+    assert session.verify(loaded) == expected
 
 
 @pytest.mark.parametrize("altered", ["one output a little", "one output much", "NaN", "the input"])

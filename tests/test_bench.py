@@ -33,6 +33,14 @@ def test_two_artifacts_may_be_the_same(small_artifact: Path) -> None:
     assert len(result.measurements) == 2
 
 
+def test_every_file_is_read_once(small_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    original = artifact.sha256
+    monkeypatch.setattr(artifact, "sha256", lambda path: hashed.append(path) or original(path))
+    bench([small_artifact], [], 1, rounds=3)
+    assert sorted(file.name for file in hashed) == ["golden.npz", "model.so"]
+
+
 def test_an_artifact_that_differs_is_not_timed(copied: Path) -> None:
     inputs, outputs = artifact.golden(copied)
     outputs["y"] += 1
