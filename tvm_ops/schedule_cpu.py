@@ -175,6 +175,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     window = _window(sch, main, target, lanes)
     if window is not None and target.byte_counter is not None:
         _count_bytes(sch, main, spatial, reduction, window, target.byte_counter)
+        spatial = []  # left as loops: a network is long enough, and four of them miss the instruction cache
     else:
         if unpacks:  # a vector tests the bits of one word
             spatial[-1:] = sch.split(spatial[-1], [None, WORD_BITS])
@@ -249,7 +250,6 @@ def _count_bytes(
     rows, ry = sch.split(ry, [None, window.height])
     words, rk = sch.split(rk, [None, window.words])
     sch.reorder(rows, words, *spatial[:-1], vectors, ry, rx, rk, lane)
-    sch.unroll(vectors)
     initial = sch.decompose_reduction(main, rows)
     sch.vectorize(sch.get_loops(initial)[-1])
     sch.tensorize(ry, adder_network.intrinsic(counter, window))
