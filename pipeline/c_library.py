@@ -41,10 +41,16 @@ _TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 _TEMPLATES.filters["quoted"] = json.dumps
-_SCALARS = [(d, c_source.type_name(d)) for d in ("float32", "int8", "uint8", "int16", "uint16", "int32", "uint32")]
-_HWCAPS = {  # Linux, arch/{arm64,arm}/include/uapi/asm/hwcap.h
-    "aarch64": {"fp": 0, "asimd": 1, "fphp": 9, "asimdhp": 10, "asimddp": 20},
-    "armv7l": {"neon": 12, "vfpv4": 16},
+_SCALARS = [(f"{kind}{bits}", c_source.type_name(f"{kind}{bits}")) for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+_SCALARS += [("float32", "float"), ("float64", "double")]
+# Bits of AT_HWCAP, then of AT_HWCAP2. Linux, arch/{arm64,arm}/include/uapi/asm/hwcap.h
+_HWCAPS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "aarch64": (
+        {"fp": 0, "asimd": 1, "atomics": 8, "fphp": 9, "asimdhp": 10, "asimdrdm": 12, "jscvt": 13, "fcma": 14}
+        | {"lrcpc": 15, "asimddp": 20, "asimdfhm": 23, "uscat": 25, "ilrcpc": 26, "flagm": 27},
+        {"flagm2": 7, "frint": 8, "i8mm": 13, "bf16": 14},
+    ),
+    "armv7l": ({"neon": 12, "vfpv4": 16, "idiva": 17, "idivt": 18}, {}),
 }
 _C_WORDS = """auto break case char const continue default do double else enum extern float for goto if inline int long
 register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while bool true
@@ -194,9 +200,12 @@ def _features(target: Target) -> tuple[str, Any]:
     """How a library asks for the CPU's features, and which."""
     if target.machine == "x86_64":  # GCC writes names without the kernel's underscores
         return "builtin", sorted(feature.replace("_", "") for feature in target.features)
-    bits = _HWCAPS.get(target.machine, {})
-    mask = sum(1 << bits[feature] for feature in target.features)
-    return ("hwcap", f"0x{mask:x}ul") if mask else ("", "")
+    words = _HWCAPS[target.machine]
+    unknown = sorted(target.features.difference(*words))
+    if unknown:
+        raise ValueError(f"target {target.name}: there is no HWCAP bit for {', '.join(unknown)}: add it to {__name__}")
+    masks = [sum(1 << bits[feature] for feature in target.features & bits.keys()) for bits in words]
+    return "hwcap", [(name, f"0x{mask:x}ul") for name, mask in zip(("AT_HWCAP", "AT_HWCAP2"), masks, strict=True) if mask]
 
 
 def _calls(made: Program, ids: dict[Tensor, str], signatures: dict[str, list[str]]) -> list[str]:

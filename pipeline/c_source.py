@@ -40,7 +40,11 @@ _INFIX = {
     "RShift": ">>",
 }
 _COMPARISONS = {"EQ", "NE", "LT", "LE", "GT", "GE", "And", "Or"}
-_MATH = {"exp", "sqrt", "tanh", "log", "floor", "ceil", "round", "trunc", "fabs", "pow", "erf", "sin", "cos", "rint"}
+_NARROW = {"int8", "uint8", "int16", "uint16"}  # C computes these in int
+_MATH = frozenset(
+    """acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh erf exp exp2 fabs floor fmod hypot log log10 log1p
+    log2 nearbyint pow rint round sin sinh sqrt tan tanh trunc""".split()
+)
 
 
 def type_name(dtype: str) -> str:
@@ -205,12 +209,16 @@ class _Printer:
     def _declbuffer(self, s: Any) -> None:
         dtype = type_name(self.element(s.buffer))
         data = s.data
-        if _op(data) != "tirx.handle_add_byte_offset":  # another name of the same pointer
-            self.names[s.buffer] = self.name(data.args[0] if _op(data) == "tirx.buffer_data" else data)
-            return
+        if _op(data) == "tirx.handle_add_byte_offset":
+            at = f"((char *){self.value(data.args[0])} + {self.value(data.args[1])})"
+        else:
+            source = data.args[0] if _op(data) == "tirx.buffer_data" else data
+            at = self.name(source)
+            if dtype == self.pointee(source):  # another name of the same pointer
+                self.names[s.buffer] = at
+                return
         const = "" if s.buffer in self.written else "const "
-        at = f"(char *){self.value(data.args[0])} + {self.value(data.args[1])}"
-        self.line(f"{const}{dtype} *{self.name(s.buffer)} = ({const}{dtype} *)({at});")
+        self.line(f"{const}{dtype} *{self.name(s.buffer)} = ({const}{dtype} *){at};")
 
     def _bind(self, s: Any) -> None:
         dtype = tvm.DataType(str(s.var.ty.dtype))
@@ -245,6 +253,11 @@ class _Printer:
         self.elements[buffer] = dtype.lanes
         return str(dtype.with_lanes(1))
 
+    def pointee(self, pointer: Any) -> str:
+        """What a buffer or a parameter points to."""
+        dtype = pointer.ty.element_type.dtype if isinstance(pointer.ty, PointerType) else pointer.ty.dtype
+        return type_name(str(tvm.DataType(str(dtype)).with_lanes(1)))
+
     def element_of(self, buffer: Any, indices: Any) -> str:
         (index,) = indices
         lanes = self.elements[buffer]
@@ -260,9 +273,12 @@ class _Printer:
         kind = type(e).__name__
         if kind in _INFIX:
             left, right, dtype = self.value(e.a), self.value(e.b), str(tvm.DataType(str(e.ty.dtype)).with_lanes(1))
+            unsigned = (kind, dtype) == ("Mul", "uint16") or (kind == "LShift" and dtype.startswith("int"))
+            if unsigned:  # int would overflow
+                left = f"({type_name('uint64' if dtype == 'int64' else 'uint32')}){left}"
             text = f"({left} {_INFIX[kind]} {right})"
-            narrow = kind not in _COMPARISONS and dtype in ("int8", "uint8", "int16", "uint16")
-            return f"({type_name(dtype)}){text}" if narrow else text  # C computes in int
+            cast = unsigned or (kind not in _COMPARISONS and dtype in _NARROW)
+            return f"({type_name(dtype)}){text}" if cast else text
         return getattr(self, f"_value_{kind.lower()}", self._unknown_value)(e)
 
     def _unknown_value(self, e: Any) -> str:
@@ -281,7 +297,10 @@ class _Printer:
         return f"!{self.value(e.a)}"
 
     def _value_bitwisenot(self, e: Any) -> str:
-        return f"~{self.value(e.a)}"
+        dtype = str(tvm.DataType(str(e.ty.dtype)).with_lanes(1))
+        if dtype == "bool":
+            return f"!{self.value(e.a)}"
+        return f"({type_name(dtype)})~{self.value(e.a)}" if dtype in _NARROW else f"~{self.value(e.a)}"
 
     def _value_min(self, e: Any) -> str:
         return self.choice(e, "min")
@@ -318,18 +337,18 @@ class _Printer:
         if op.endswith("if_then_else"):
             return "({} ? {} : {})".format(*map(self.value, e.args))
         if op == "tirx.popcount" and dtype.bits <= 32:
-            return f"({type_name(scalar)})crossbit_popcount({_bare(self.value(e.args[0]))})"
+            word = self.value(e.args[0])
+            word = f"(u{type_name(scalar)}){word}" if scalar in ("int8", "int16") else _bare(word)
+            return f"({type_name(scalar)})crossbit_popcount({word})"
         if op == "tirx.reinterpret" and str(e.args[0].ty.dtype.with_lanes(1)) == scalar:
             return self.value(e.args[0])  # only names the vector that it is, see `bitpack.as_vector`
         if op == "tirx.call_llvm_pure_intrin":
             return self.intrinsic(e)
-        if op in ("tirx.call_pure_extern", "tirx.call_extern"):
-            name = str(e.args[0].value)
-            return f"{name}({', '.join(map(self.value, e.args[1:]))})"
-        function = op.rsplit(".", 1)[-1]
-        if function in _MATH and scalar in ("float32", "float64"):
-            return f"{function}{'f' if scalar == 'float32' else ''}({', '.join(map(self.value, e.args))})"
-        raise ValueError(f"{op} cannot be written in C99: compile with --emit c-lib")
+        suffix, external = "f" if scalar == "float32" else "", op in ("tirx.call_pure_extern", "tirx.call_extern")
+        name = str(e.args[0].value) if external else op.rsplit(".", 1)[-1] + suffix
+        if name.removesuffix(suffix) in _MATH and scalar in ("float32", "float64"):
+            return f"{name}({', '.join(map(self.value, e.args[external:]))})"
+        raise ValueError(f"{name if external else op} cannot be written in C99: compile with --emit c-lib")
 
     def intrinsic(self, e: Any) -> str:
         number, *arguments = e.args

@@ -166,7 +166,8 @@ def _serial(statement: Any) -> Any:
 
 
 def _hoist(body: Any, worker: Any, stack_limit: int) -> tuple[Any, list[tuple[Any, Temporary]]]:
-    """A body that is given its temporaries: the large ones, and those that several parts share."""
+    """A body that is given its temporaries: the large ones, those that several parts share, and those whose memory
+    serves as two types, which C allows in the workspace and not in an array."""
     inside: list[Any] = []
 
     def look(loop: tirx.For) -> None:
@@ -177,6 +178,13 @@ def _hoist(body: Any, worker: Any, stack_limit: int) -> tuple[Any, list[tuple[An
     statements = _statements(body)
     split = any(map(_is_parallel, statements))
     shared = [s.buffer for s in statements if split and isinstance(s, tirx.AllocBuffer)]
+
+    def view(declared: tirx.DeclBuffer) -> None:
+        of = declared.data.args[0] if getattr(declared.data, "args", ()) else declared.data
+        if isinstance(of.ty, BufferType) and _scalar(of) != _scalar(declared.buffer):
+            shared.append(of)
+
+    tvm_ffi.structural_walk(body, (tirx.DeclBuffer, view))
     found: list[tuple[Any, Temporary]] = []
 
     def hoist(allocation: tirx.AllocBuffer) -> Any:
@@ -191,6 +199,10 @@ def _hoist(body: Any, worker: Any, stack_limit: int) -> tuple[Any, list[tuple[An
         return tirx.DeclBuffer(buffer, data=data)
 
     return tvm_ffi.structural_map(body, (tirx.AllocBuffer, hoist)), found
+
+
+def _scalar(buffer: Any) -> str:
+    return str(tvm.DataType(str(buffer.ty.dtype)).with_lanes(1))
 
 
 def _bytes(buffer: Any) -> int:
