@@ -8,13 +8,12 @@ a call from C or C++, of the whole process for one call, and its peak memory, ne
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -90,6 +89,11 @@ def networks(folder: Path, quick: bool) -> dict[str, Path]:
 
 def undefined(library: Path, target: Target) -> list[str]:
     """What a library or an object needs of others; weak symbols, which may be missing, are none."""
+    if library.suffix == ".wasm":
+        module = f"new WebAssembly.Module(fs.readFileSync('{library}'))"
+        code = f"console.log(JSON.stringify(WebAssembly.Module.imports({module})))"
+        said = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True).stdout
+        return sorted(f"{i['module']}.{i['name']}" for i in json.loads(said))
     nm = f"{target.gnu_triple}-nm" if shutil.which(f"{target.gnu_triple}-nm") else "nm"
     dynamic = ["-D"] if library.suffix == ".so" else []
     said = subprocess.run([nm, *dynamic, "-u", str(library)], capture_output=True, text=True, check=True).stdout
@@ -104,12 +108,15 @@ def built(folder: Path, made: Manifest, target: Target) -> tuple[Path, int]:
     tools, source = toolchain.find(target), folder / made.library
     if target.tvm_runtime:
         path = source.with_suffix(".so")
-        tools.run(*tools.cc, "-O3", "-shared", "-fPIC", "-s", "-o", str(path), str(source), "-lm")
+        small = ("-s", "-Wl,-z,max-page-size=4096")
+        tools.run(*tools.cc, "-O3", "-shared", "-fPIC", *small, "-o", str(path), str(source), "-lm")
+        return path, path.stat().st_size
+    if not target.gnu_triple:
+        path, export = source.with_suffix(".wasm"), f"-Wl,--export={source.stem}_run_with"
+        tools.run(*tools.cc, "-O3", "-s", "-mexec-model=reactor", export, "-o", str(path), str(source))
         return path, path.stat().st_size
     path = source.with_suffix(".o")
     tools.run(*tools.cc, "-O2", "-c", "-o", str(path), str(source))
-    if not target.gnu_triple:
-        return path, path.stat().st_size
     sizes = subprocess.run([f"{target.gnu_triple}-size", str(path)], capture_output=True, text=True, check=True).stdout
     text, data, *_ = sizes.splitlines()[1].split()
     return path, int(text) + int(data)
@@ -135,18 +142,10 @@ def driver(folder: Path, made: Manifest, target: Target) -> list[str]:
     return [str(program)]
 
 
-def process(command: list[str], rounds: int, calls: int) -> tuple[float, int, str]:
-    """Seconds of a process, its peak resident bytes, and what it printed."""
-    start = time.perf_counter()
+def run(command: list[str], rounds: int, calls: int) -> float:
+    """What a driver prints: microseconds of a call, or with no rounds its peak resident bytes."""
     arguments = [command[0], str(rounds), str(calls), *command[1:]]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        said = child.stdout.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise ValueError(f"{command[0]} failed with {child.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024, said
+    return float(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
 
 
 def runtime_bytes() -> dict[str, int]:
@@ -195,8 +194,7 @@ def main(
             peer: list[float] = []
             for _ in range(5):  # in turns, so that whatever else the machine does meets all of them
                 for i, command in drivers.items():
-                    calls = max(1, int(2000 / float(process(command, 3, 1)[2])))
-                    times[i].append(float(process(command, rounds, calls)[2]))
+                    times[i].append(run(command, rounds, max(1, int(2000 / run(command, 3, 1)))))
                 start = time.perf_counter()
                 calls = max(3, int(0.05 / 1e-4) if model in ("kernels20", "digits") else 3)
                 for _ in range(calls):
@@ -204,15 +202,16 @@ def main(
                 peer.append((time.perf_counter() - start) / calls * 1e6)
             peers[model] = float(np.median(peer))
             for i, command in drivers.items():
-                starts = [process(command, 0, 1) for _ in range(10)]
-                measured = {
-                    "us": float(np.median(times[i])),
-                    "start_ms": min(s[0] for s in starts) * 1e3,
-                    "peak_rss_bytes": max(s[1] for s in starts),
-                }
-                rows[i] = Row(**(asdict(rows[i]) | measured))
-            for i in (i for i, row in enumerate(rows) if row.model == model and row.route == "vm"):
-                rows[i] = Row(**(asdict(rows[i]) | {"packed_weight_bytes": constants}))
+                starts = []
+                for _ in range(10):
+                    start = time.perf_counter()
+                    peak = int(run(command, 0, 1))
+                    starts.append(time.perf_counter() - start)
+                us = float(np.median(times[i]))
+                rows[i] = replace(rows[i], us=us, start_ms=min(starts) * 1e3, peak_rss_bytes=peak)
+            vm = [i for i, row in enumerate(rows) if (row.model, row.route) == (model, "vm")]
+            for i in vm:
+                rows[i] = replace(rows[i], packed_weight_bytes=constants)
     show(console, rows, peers)
     if json_ is not None:
         json_.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
