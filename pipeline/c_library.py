@@ -41,7 +41,9 @@ _TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 _TEMPLATES.filters["quoted"] = json.dumps
-_SCALARS = [(f"{kind}{bits}", c_source.type_name(f"{kind}{bits}")) for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+_SCALARS = [
+    (f"{kind}{bits}", c_source.type_name(f"{kind}{bits}")) for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+]
 _SCALARS += [("float32", "float"), ("float64", "double")]
 # Bits of AT_HWCAP, then of AT_HWCAP2. Linux, arch/{arm64,arm}/include/uapi/asm/hwcap.h
 _HWCAPS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
@@ -205,7 +207,9 @@ def _features(target: Target) -> tuple[str, Any]:
     if unknown:
         raise ValueError(f"target {target.name}: there is no HWCAP bit for {', '.join(unknown)}: add it to {__name__}")
     masks = [sum(1 << bits[feature] for feature in target.features & bits.keys()) for bits in words]
-    return "hwcap", [(name, f"0x{mask:x}ul") for name, mask in zip(("AT_HWCAP", "AT_HWCAP2"), masks, strict=True) if mask]
+    return "hwcap", [
+        (name, f"0x{mask:x}ul") for name, mask in zip(("AT_HWCAP", "AT_HWCAP2"), masks, strict=True) if mask
+    ]
 
 
 def _calls(made: Program, ids: dict[Tensor, str], signatures: dict[str, list[str]]) -> list[str]:

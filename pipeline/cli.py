@@ -21,6 +21,7 @@ from rich.table import Table
 import targets
 
 if TYPE_CHECKING:
+    from pipeline.artifact import Layer
     from pipeline.remote import Board
     from pipeline.session import Session
 
@@ -115,17 +116,34 @@ def export(
 
 
 @app.command()
-def inspect(model: OnnxFile, as_json: Json = False) -> None:
-    """Show every layer of an ONNX file: method, bits stored, operations, and why a layer is float.
+def inspect(
+    model: Annotated[Path, typer.Argument(help="An ONNX file, or a folder that `crossbit compile` wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Show every layer: method, bits stored, operations, why a layer is float; of an artifact also its memory.
 
     Example: crossbit inspect runs/m16/model.onnx
     """
-    from pipeline import inspection
+    layers: Sequence[Layer]
+    sizes: dict[str, int]
+    if model.is_dir():
+        from pipeline import artifact
 
-    found = inspection.inspect(model)
+        manifest = artifact.read(model)
+        layers, sizes = manifest.layers, {"library_bytes": manifest.files[manifest.library].bytes}
+        if (library := manifest.c_library) is not None:
+            sizes |= {
+                "constant_bytes": library.constant_bytes,
+                "workspace_bytes": library.workspace_bytes,
+                "workspace_bound": library.workspace_bound,
+            }
+    else:
+        from pipeline import inspection
+
+        found = inspection.inspect(model)
+        layers, sizes = found.layers, {"file_bytes": found.file_bytes, "float_bytes": found.float_bytes}
     if as_json:
-        layers = [layer.model_dump() for layer in found.layers]
-        _print_json({"file_bytes": found.file_bytes, "float_bytes": found.float_bytes, "layers": layers})
+        _print_json({**sizes, "layers": [layer.model_dump() for layer in layers]})
         return
     rows = [
         (
@@ -138,12 +156,22 @@ def inspect(model: OnnxFile, as_json: Json = False) -> None:
             _short(layer.float_macs),
             layer.why_float,
         )
-        for layer in found.layers
+        for layer in layers
     ]
     columns = ("layer", "operator", "method", "bits", "bytes", "binary MACs", "float MACs", "why float")
     _table(str(model), columns, rows, right=(3, 4, 5, 6))
-    ratio = found.float_bytes / found.file_bytes
-    out.print(f"file {found.file_bytes:,} bytes; parameters in float32 {found.float_bytes:,} bytes ({ratio:.1f} x)")
+    if "file_bytes" in sizes:
+        ratio = sizes["float_bytes"] / sizes["file_bytes"]
+        out.print(
+            f"file {sizes['file_bytes']:,} bytes; parameters in float32 {sizes['float_bytes']:,} bytes ({ratio:.1f} x)"
+        )
+    else:
+        out.print(f"{manifest.library} for {manifest.target}: {sizes['library_bytes']:,} bytes")
+    if "workspace_bytes" in sizes:
+        out.print(
+            f"constants {sizes['constant_bytes']:,} bytes; workspace {sizes['workspace_bytes']:,} bytes (no plan for "
+            f"this order of kernels needs less than {sizes['workspace_bound']:,})"
+        )
 
 
 @app.command("compile")

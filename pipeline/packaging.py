@@ -49,6 +49,7 @@ def compile_network(
         tune.check_records(records, target, threads)
     folder = folder.absolute()
     name = c_library.check_name(name or re.sub(r"\W", "_", folder.name)) if emit != "vm" else folder.name
+    lowered = compiler.lower(importer.load(model, batch))
     inputs, outputs = golden_pair(model, batch)
     manifest = Manifest(
         schema_version=artifact.SCHEMA,
@@ -70,7 +71,6 @@ def compile_network(
         versions={package: version(package) for package in ("crossbit", "apache-tvm", "apache-tvm-ffi", "onnx")},
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    lowered = compiler.lower(importer.load(model, batch))
     folder.parent.mkdir(parents=True, exist_ok=True)
     content = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

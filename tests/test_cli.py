@@ -78,7 +78,7 @@ def test_the_whole_way(crossbit: Crossbit, tmp_path: Path) -> None:
     compiled = crossbit("compile", model, "-o", tuned / "library")
     assert compiled.code == 0
     manifest = artifact.read(tuned / "library")
-    assert f"library {manifest.files['model.so'].bytes:,} bytes, {manifest.kernels} kernels, 0 of" in compiled.out
+    assert f"model.so {manifest.files['model.so'].bytes:,} bytes, {manifest.kernels} kernels, 0 of" in compiled.out
 
     verified = crossbit("verify", tuned / "library", "--data", "digits", "--json")
     assert verified.code == 0
@@ -126,6 +126,32 @@ def test_inspect(crossbit: Crossbit, small_model: Path) -> None:
     for layer in found.json["layers"]:
         assert f"{layer['stored_bytes']:,}" in table.out
     assert f"file {small_model.stat().st_size:,} bytes" in table.out
+
+
+def test_inspect_an_artifact(crossbit: Crossbit, small_model: Path, small_artifact: Path, tmp_path: Path) -> None:
+    of_file, of_artifact = (crossbit("inspect", path, "--json").json for path in (small_model, small_artifact))
+    assert of_artifact["layers"] == of_file["layers"]
+    assert of_artifact["library_bytes"] == (small_artifact / "model.so").stat().st_size
+    assert "workspace_bytes" not in of_artifact
+    assert crossbit("compile", small_model, "-o", tmp_path / "net", "--emit", "c-lib").code == 0
+    of_library = crossbit("inspect", tmp_path / "net", "--json").json
+    assert of_library["library_bytes"] == (tmp_path / "net/libnet.so").stat().st_size
+    assert of_library["workspace_bytes"] >= of_library["workspace_bound"] > 0
+    assert of_library["constant_bytes"] > sum(layer["stored_bytes"] for layer in of_library["layers"])
+    assert f"workspace {of_library['workspace_bytes']:,} bytes" in crossbit("inspect", tmp_path / "net").out
+
+
+def test_compiled_routes_are_verified_and_timed_side_by_side(
+    crossbit: Crossbit, small_model: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("vm", "library", "source")]
+    for folder, emit in zip(folders, ("vm", "c-lib", "c-source"), strict=True):
+        done = crossbit("compile", small_model, "-o", folder, "--emit", emit, "--name", "net")
+        assert done.code == 0, done.err
+        assert crossbit("verify", folder, "--json").json["passed"]
+    measured = crossbit("bench", *folders, "--rounds", 3, "--json").json["measurements"]
+    assert [m["name"] for m in measured] == list(map(str, folders))
+    assert crossbit("bench", folders[1], "--rounds", 3, "--profile").code == 2
 
 
 def test_targets(crossbit: Crossbit) -> None:
@@ -276,7 +302,7 @@ WRONG: list[tuple[str, Callable[[Path], None], str]] = [
     ("inspect model.onnx", no_file, "model.onnx: there is no such file"),
     ("inspect model[/x].onnx", no_file, "model[/x].onnx: there is no such file"),
     ("inspect model.onnx", text_file, "model.onnx: not a valid ONNX model"),
-    ("inspect .", no_file, "there is no such file"),
+    ("inspect .", no_file, "not an artifact (it has no manifest.json); `crossbit compile` makes one"),
     ("compile model.onnx -o new", no_file, "model.onnx: there is no such file"),
     ("compile model.onnx -o new", text_file, "model.onnx: not a valid ONNX model"),
     ("compile SMALL -o new -t x86-avx", no_file, "there is no target 'x86-avx': did you mean x86-avx2"),
