@@ -42,10 +42,8 @@ _TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 _TEMPLATES.filters["python"] = lambda text: json.dumps(text, ensure_ascii=False)
-_SCALARS = [
-    (f"{kind}{bits}", c_source.type_name(f"{kind}{bits}")) for kind in ("int", "uint") for bits in (8, 16, 32, 64)
-]
-_SCALARS += [("float32", "float"), ("float64", "double")]
+_INTEGERS = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+_SCALARS = [(dtype, c_source.type_name(dtype)) for dtype in (*_INTEGERS, "float32", "float64")]
 # Bits of AT_HWCAP, then of AT_HWCAP2. Linux, arch/{arm64,arm}/include/uapi/asm/hwcap.h
 _HWCAPS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "aarch64": (
@@ -55,24 +53,30 @@ _HWCAPS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     ),
     "armv7l": ({"neon": 12, "vfpv4": 16, "idiva": 17, "idivt": 18}, {}),
 }
-_KEYWORDS = frozenset(  # of C and C++
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text))
+
+
+_KEYWORDS = _words(  # of C and C++
     """alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t char8_t class
-    co_await co_return co_yield compl concept const const_cast consteval constexpr constinit continue decltype default
-    delete do double dynamic_cast else enum explicit export extern false float for friend goto if inline int long mutable
-    namespace new noexcept not not_eq nullptr operator or or_eq private protected public register reinterpret_cast
-    requires restrict return short signed sizeof static static_assert static_cast struct switch template this thread_local
-    throw true try typedef typeid typename typeof union unsigned using virtual void volatile wchar_t while xor
-    xor_eq""".split()
+    co_await co_return co_yield compl concept const const_cast consteval constexpr constinit continue decltype
+    default delete do double dynamic_cast else enum explicit export extern false float for friend goto if inline
+    int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public
+    register reinterpret_cast requires restrict return short signed sizeof static static_assert static_cast
+    struct switch template this thread_local throw true try typedef typeid typename typeof union unsigned using
+    virtual void volatile wchar_t while xor xor_eq"""
 )
-_IN_RUN = frozenset(  # other names that the run function uses, or that compilers define
+_IN_RUN = _words(  # other names that the run function uses, or that compilers define
     """a apart interface_id linux memcpy memory pool share size_t supported uint32_t uintptr_t unix workspace
-    workspace_bytes""".split()
+    workspace_bytes"""
 )
 _MACROS = r"NULL|NAN|INFINITY|HUGE_VAL.*|(FP|MATH|M|U?INT\w*|SIZE|PTRDIFF|WCHAR|WINT|SIG)_.*|crossbit_.*|constant\d+"
-_LIBRARIES = frozenset(  # what a header, library, module or CMake target of the same name would hide
-    """assert complex ctype errno fenv inttypes iso646 limits locale malloc memory pthread setjmp signal stdarg stdatomic
-    stdbool stddef stdint stdio stdlib string strings tgmath threads time unistd wchar wctype
-    c dl m rt util crossbit numpy all clean help install package test""".split()
+_LIBRARIES = _words(  # what a header, library, module or CMake target of the same name would hide
+    """assert complex ctype errno fenv inttypes iso646 limits locale malloc memory pthread setjmp signal stdarg
+    stdatomic stdbool stddef stdint stdio stdlib string strings tgmath threads time unistd wchar wctype c dl m
+    rt util crossbit numpy all clean help install package test"""
 )
 
 

@@ -41,9 +41,9 @@ _INFIX = {
 }
 _COMPARISONS = {"EQ", "NE", "LT", "LE", "GT", "GE", "And", "Or"}
 _NARROW = {"int8", "uint8", "int16", "uint16"}  # C computes these in int
-_MATH = frozenset(
-    """acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh erf exp exp2 fabs floor fmod hypot log log10 log1p
-    log2 nearbyint pow rint round sin sinh sqrt tan tanh trunc""".split()
+_MATH = re.compile(
+    "acos|asin|atan2?|ceil|copysign|cosh?|erf|exp2?|fabs|floor|fmod|hypot|log(10|1p|2)?|nearbyint|pow|rint|round|sinh?|sqrt"
+    "|tanh?|trunc"
 )
 
 
@@ -346,7 +346,7 @@ class _Printer:
             return self.intrinsic(e)
         suffix, external = "f" if scalar == "float32" else "", op in ("tirx.call_pure_extern", "tirx.call_extern")
         name = str(e.args[0].value) if external else op.rsplit(".", 1)[-1] + suffix
-        if name.removesuffix(suffix) in _MATH and scalar in ("float32", "float64"):
+        if _MATH.fullmatch(name.removesuffix(suffix)) and scalar in ("float32", "float64"):
             return f"{name}({', '.join(map(self.value, e.args[external:]))})"
         raise ValueError(f"{name if external else op} cannot be written in C99: compile with --emit c-lib")
 

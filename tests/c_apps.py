@@ -1,4 +1,4 @@
-"""Apps around C libraries: tests/harness.c compiled with what `packaging.compile_network` wrote, run here or emulated."""
+"""Apps around C libraries: tests/harness.c with what `packaging.compile_network` wrote, run here or emulated."""
 
 from __future__ import annotations
 

@@ -60,12 +60,8 @@ def best(spans: list[Span]) -> int:
     for order in permutations(spans):
         placed: list[tuple[Span, int]] = []
         for span in order:
-            above = [
-                at + aligned(other.size)
-                for other, at in placed
-                if not (span.last < other.first or other.last < span.first)
-            ]
-            placed.append((span, max(above, default=0)))  # rests on what is below it
+            below = [at + aligned(s.size) for s, at in placed if s.first <= span.last and span.first <= s.last]
+            placed.append((span, max(below, default=0)))  # it rests on these
         smallest = min(smallest, max(at + aligned(s.size) for s, at in placed))
     return smallest
 
