@@ -13,6 +13,7 @@ import hashlib
 import json
 import keyword
 import re
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,11 +41,9 @@ _TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-_TEMPLATES.filters["quoted"] = json.dumps
-_SCALARS = [
-    (f"{kind}{bits}", c_source.type_name(f"{kind}{bits}")) for kind in ("int", "uint") for bits in (8, 16, 32, 64)
-]
-_SCALARS += [("float32", "float"), ("float64", "double")]
+_TEMPLATES.filters["python"] = lambda text: json.dumps(text, ensure_ascii=False)
+_INTEGERS = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+_SCALARS = [(dtype, c_source.type_name(dtype)) for dtype in (*_INTEGERS, "float32", "float64")]
 # Bits of AT_HWCAP, then of AT_HWCAP2. Linux, arch/{arm64,arm}/include/uapi/asm/hwcap.h
 _HWCAPS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "aarch64": (
@@ -54,11 +53,31 @@ _HWCAPS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     ),
     "armv7l": ({"neon": 12, "vfpv4": 16, "idiva": 17, "idivt": 18}, {}),
 }
-_C_WORDS = """auto break case char const continue default do double else enum extern float for goto if inline int long
-register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while bool true
-false asm and bitand bitor catch class compl delete explicit export friend mutable namespace new not operator or private
-protected public template this throw try typeid typename using virtual xor workspace pool memory"""
-_TAKEN = frozenset(re.findall(r"\w+", _C_WORDS))  # keywords of C and C++, and the other names in the run function
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text))
+
+
+_KEYWORDS = _words(  # of C and C++
+    """alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t char8_t class
+    co_await co_return co_yield compl concept const const_cast consteval constexpr constinit continue decltype
+    default delete do double dynamic_cast else enum explicit export extern false float for friend goto if inline
+    int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public
+    register reinterpret_cast requires restrict return short signed sizeof static static_assert static_cast
+    struct switch template this thread_local throw true try typedef typeid typename typeof union unsigned using
+    virtual void volatile wchar_t while xor xor_eq"""
+)
+_IN_RUN = _words(  # other names that the run function uses, or that compilers define
+    """a apart interface_id linux memcpy memory pool share size_t supported uint32_t uintptr_t unix workspace
+    workspace_bytes"""
+)
+_MACROS = r"NULL|NAN|INFINITY|HUGE_VAL.*|(FP|MATH|M|U?INT\w*|SIZE|PTRDIFF|WCHAR|WINT|SIG)_.*|crossbit_.*|constant\d+"
+_LIBRARIES = _words(  # what a header, library, module or CMake target of the same name would hide
+    """assert complex ctype errno fenv inttypes iso646 limits locale malloc memory pthread setjmp signal stdarg
+    stdatomic stdbool stddef stdint stdio stdlib string strings tgmath threads time unistd wchar wctype c dl m
+    rt util crossbit numpy all clean help install package test"""
+)
 
 
 @dataclass(frozen=True)
@@ -79,11 +98,23 @@ def check_name(name: str) -> str:
     """``name``, if a C library can be called that.
 
     Raises:
-        ValueError: it is no identifier.
+        ValueError: it is no identifier, or something else has that name.
     """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name in _TAKEN or keyword.iskeyword(name):
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
         raise ValueError(f"'{name}' cannot name a C library: give --name with letters, digits and underscores")
+    lower = name.lower()  # file systems may ignore case
+    if lower in _KEYWORDS | _LIBRARIES | sys.stdlib_module_names or keyword.iskeyword(name):
+        raise ValueError(f"'{name}' cannot name a C library: a word or library of C, C++ or Python is called so")
     return name
+
+
+def quoted(text: str) -> str:
+    """A string of C, that a comment may hold too: without trigraphs, ends or beginnings of comments, or bytes > 127."""
+    plain = (c if re.match(r"[A-Za-z0-9_ .:/+-]", c) else "".join(f"\\{b:03o}" for b in c.encode()) for c in text)
+    return f'"{"".join(plain)}"'
+
+
+_TEMPLATES.filters["quoted"] = quoted
 
 
 def write(
@@ -123,7 +154,7 @@ def write(
     (folder / f"{name}.h").write_text(_render("library.h", values))
     (folder / f"{name}-config.cmake").write_text(_render("config.cmake", values))
     driver = _render("library.c", values)
-    (folder / f"{name}.py").write_text(_render("network.py", values))
+    (folder / f"{name}.py").write_text(_render("network.py", values), encoding="utf-8")
     if tools is None:
         (folder / f"{name}.c").write_text(driver)
     else:
@@ -144,7 +175,7 @@ def _values(
     made: Program, manifest: Manifest, record: CLibrary, target: Target, parts: Sequence[Part], kernels: str
 ) -> dict[str, Any]:
     """What the templates name."""
-    arguments = _arguments(made, manifest)
+    arguments = _arguments(made, manifest, record.name)
     ids = {argument.tensor: argument.id for argument in arguments}
     cpu, features = ("", "") if kernels else _features(target)
     memories: list[tuple[str, str]] = [(a.role, f"{a.id}, sizeof *{a.id} * {a.tensor.elements}") for a in arguments]
@@ -176,14 +207,15 @@ def _fields(signature: list[str]) -> list[str]:
     return [re.sub(r"restrict \w+$", f"p{i}", text) for i, text in enumerate(signature[:-3])]
 
 
-def _arguments(made: Program, manifest: Manifest) -> list[_Argument]:
+def _arguments(made: Program, manifest: Manifest, library: str) -> list[_Argument]:
     taken: set[str] = set()
+    elsewhere = re.compile(f"{_MACROS}|{library}_.*", re.IGNORECASE)
 
     def named(name: str) -> str:
         stem = re.sub(r"\W", "_", name, flags=re.ASCII)
-        stem = stem if re.match(r"[A-Za-z]", stem) else f"t{stem}"
+        stem = stem if re.match(r"[A-Za-z]", stem) and not elsewhere.fullmatch(stem) else f"t{stem}"
         unique, i = stem, 2
-        while unique.lower() in taken or unique in _TAKEN:
+        while unique.lower() in taken or unique in _KEYWORDS | _IN_RUN:
             unique, i = f"{stem}_{i}", i + 1
         taken.add(unique.lower())
         return unique

@@ -41,9 +41,9 @@ _INFIX = {
 }
 _COMPARISONS = {"EQ", "NE", "LT", "LE", "GT", "GE", "And", "Or"}
 _NARROW = {"int8", "uint8", "int16", "uint16"}  # C computes these in int
-_MATH = re.compile(  # of one or two floats, with an f at the end for float32
-    "acosh?|asinh?|atan[2h]?|ceil|copysign|cosh?|erf|exp2?|fabs|floor|fmod|hypot|log(10|1p|2)?|nearbyint|pow|rint|round|"
-    "sinh?|sqrt|tanh?|trunc"
+_MATH = re.compile(
+    "acos|asin|atan2?|ceil|copysign|cosh?|erf|exp2?|fabs|floor|fmod|hypot|log(10|1p|2)?|nearbyint|pow|rint|round|sinh?|sqrt"
+    "|tanh?|trunc"
 )
 
 

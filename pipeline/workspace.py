@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register of any target
-_SHUFFLES = 200
+_SHUFFLES = 1000
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Apps around C libraries: tests/harness.c compiled with what `packaging.compile_network` wrote, run here or emulated."""
+"""Apps around C libraries: tests/harness.c with what `packaging.compile_network` wrote, run here or emulated."""
 
 from __future__ import annotations
 
@@ -67,35 +67,40 @@ def compiled(
     return into
 
 
+STRICT = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror")
+
+
 def build(
-    folder: Path, *flags: str, cc: tuple[str, ...] = (), shared: bool = False, static: bool = True, name: str = "app"
+    folder: Path,
+    library: Sequence[str] = STRICT,
+    *,
+    both: Sequence[str] = ("-O1",),
+    cc: Sequence[str] = (),
+    link: Sequence[str] = ("-static",),
+    name: str = "app",
 ) -> App:
-    """The harness around an artifact: with its C source, its archive, or its shared library.
+    """The harness around an artifact: with its C source, its archive or, if it is not linked statically, its .so.
 
     Args:
-        flags: after ``-O1``.
-        cc: the compiler; default: the target's.
-        static: link the C library statically; sanitizers cannot.
+        library: flags for the C source. both: for the source, the harness and the linker.
+        cc: the compiler; default: the target's, for its CPU.
     """
     manifest = artifact.read(folder)
     assert manifest.c_library is not None
-    library, target = manifest.c_library.name, targets.load(manifest.target)
+    called, target = manifest.c_library.name, targets.load(manifest.target)
     scratch = folder.parent / f"{folder.name}-{name}"
     scratch.mkdir(exist_ok=True)
     (scratch / "app.h").write_text(_app_header(folder))
     tools, program = toolchain.find(target), scratch / "program"
-    part = folder / (f"{library}.c" if manifest.emit == "c-source" else f"lib{library}.{'so' if shared else 'a'}")
-    link = [f"-Wl,-rpath,{folder}"] if shared else ["-static"] if static else []
-    source = Path(__file__).with_name("harness.c")
-    common = ("-O1", *flags, f"-I{folder}", f"-I{scratch}")
-    compiler = cc or tools.cc
-    tools.run(*compiler, "-std=gnu11", *common, "-c", str(source), "-o", f"{scratch}/harness.o")
-    objects = [f"{scratch}/harness.o", str(part)]
+    compiler = (*(cc or tools.cc), *both, f"-I{folder}")
+    harness = Path(__file__).with_name("harness.c")
+    tools.run(*compiler, "-std=gnu11", f"-I{scratch}", "-c", str(harness), "-o", f"{scratch}/harness.o")
+    part = folder / (f"lib{called}.a" if "-static" in link else f"lib{called}.so")
     if manifest.emit == "c-source":
-        standard = () if any(flag.startswith("-std=") for flag in flags) else ("-std=c99",)
-        tools.run(*compiler, *standard, *common, "-c", str(part), "-o", f"{scratch}/library.o")
-        objects = [f"{scratch}/harness.o", f"{scratch}/library.o"]
-    tools.run(*compiler, *flags, *objects, "-o", str(program), *link, "-pthread", "-lm")
+        part = scratch / "library.o"
+        tools.run(*compiler, *library, "-c", str(folder / f"{called}.c"), "-o", str(part))
+    linker = (f"-Wl,-rpath,{folder}", *link, "-pthread", "-lm")
+    tools.run(*compiler, f"{scratch}/harness.o", str(part), "-o", str(program), *linker)
     return App(folder, program, target)
 
 
