@@ -395,6 +395,7 @@ def some_inputs(rng: np.random.Generator, count: int) -> list[dict[str, np.ndarr
     return [{"x": rng.normal(0, 1, (1, 1, 8, 8)).astype(np.float32)} for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_flags_change_no_bit(libraries: dict[str, Path], rng: np.random.Generator) -> None:
     """Contraction, vectors and other compilers: floats too are rounded where the program says."""
     inputs = some_inputs(rng, 8)
@@ -518,6 +519,7 @@ def test_real_numbers_in_parallel_are_those_of_one_thread(
 # Other machines ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("board", BOARDS)
 def test_boards(board: str, emit: Emit, small_model: Path, rng: np.random.Generator, tmp_path: Path) -> None:
