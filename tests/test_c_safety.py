@@ -268,7 +268,7 @@ def test_an_old_cpu(name: str, cpu: str, model: Path, tmp_path: Path) -> None:
         pytest.skip("qemu-x86_64 is missing: `scripts/setup` as root installs it (qemu-user)")
     folder = c_apps.compiled(model, tmp_path, "c-lib", name, threads=THREADS)
     app = c_apps.build(folder, cc=("gcc",))
-    (tmp_path / "in").write_bytes(bytes(4 * 64))
+    (tmp_path / "in").write_bytes(bytes(4 * 240))
     command = [
         "qemu-x86_64",
         "-cpu",
