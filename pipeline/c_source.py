@@ -121,10 +121,10 @@ class _Printer:
 
     def text(self) -> str:
         signature = ", ".join(self.signature())
-        for parameter in self.function.params:
-            if not isinstance(parameter.ty, PointerType):
-                self.line(f"(void){self.name(parameter)};")
         self.statement(self.function.body)
+        used = set(re.findall(r"\w+", " ".join(self.lines)))
+        unused = [name for name in map(self.name, self.function.params) if name not in used]
+        self.lines[:0] = [f"  (void){name};" for name in unused]
         name = str(self.function.attrs["global_symbol"])
         return "\n".join([f"static CROSSBIT_KERNEL int32_t {name}({signature}) {{", *self.lines, "}"])
 
@@ -204,7 +204,9 @@ class _Printer:
         size = self.elements[s.buffer]
         for extent in s.buffer.ty.shape:
             size *= int(extent)
-        self.line(f"{type_name(dtype)} {self.name(s.buffer)}[{size}];")
+        # GCC does not see that the first step of a sum fills it, and warns.
+        initial = " = {0}" if size == 1 else ""
+        self.line(f"{type_name(dtype)} {self.name(s.buffer)}[{size}]{initial};")
 
     def _declbuffer(self, s: Any) -> None:
         dtype = type_name(self.element(s.buffer))
