@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,17 @@ def test_convolution_of_every_pair_of_codes(a: str, w: str, rng: np.random.Gener
     steps = transform(rng, filters, 20.0 * CODES[a].largest * CODES[w].largest)
     print(geometry, channels, filters)
     check_convolution(x, weight, product, steps, str(rng.choice(["floats", "bits"])), scheduled=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_convolution_without_vectors(case: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the schedule of a Cortex-M4, on this CPU."""
+    scalar = dataclasses.replace(targets.host(), vector_bits=32, registers=8, byte_counter=None)
+    monkeypatch.setattr(targets, "host", lambda: scalar)
+    batch, channels, filters, geometry = CASES[case]
+    x, weight = signs(rng, batch, *geometry.image, channels), signs(rng, filters, channels, *geometry.kernel)
+    steps = transform(rng, filters, (channels * weight[0, 0].size) ** 0.5)
+    check_convolution(x, weight, Product(geometry), steps, str(rng.choice(["floats", "bits"])), scheduled=True)
 
 
 def test_unsigned_weights_are_refused() -> None:

@@ -197,7 +197,7 @@ def _spreads(sch: Any, consumer: Any, sums: list[int]) -> bool:
 def _sum_across(sch: Any, main: Any, target: Target) -> bool:
     """Sum over channels, to one a pixel: a partial sum a lane, then the lanes. False: they fill no vectors."""
     *_, channel = sch.get_loops(main)
-    if _extents(sch, [channel])[0] % target.lanes:
+    if target.lanes == 1 or _extents(sch, [channel])[0] % target.lanes:
         return False
     _, lane = sch.split(channel, [None, target.lanes])
     partial = sch.rfactor(lane, len(_sums(sch, main)))
