@@ -309,7 +309,9 @@ def _link(made: Program, name: str, folder: Path, driver: str, kernels: Any, too
         kernels.write_to_file(str(at / "kernels.o"))
         (at / "exports").write_text(f"{{ global: {name}_run_with; {name}_strerror; {name}_model; local: *; }};\n")
         code = ("-c", "-fPIC", "-std=c11", "-O2", "-ffunction-sections", "-fdata-sections", f"-I{folder}")
-        tools.run(*tools.cc, *code, "-o", f"{at}/driver.o", f"{at}/driver.c")
+        # The driver must live on any CPU to say which instructions are missing.
+        anywhere = [flag for flag in tools.cc if not flag.startswith(("-march=", "-mcpu=", "-mavx"))]
+        tools.run(*anywhere, *code, "-o", f"{at}/driver.o", f"{at}/driver.c")
         tools.run(*tools.cc, "-c", "-o", f"{at}/constants.o", f"{at}/constants.s")
         objects = [f"{at}/{part}.o" for part in ("driver", "kernels", "constants")]
         small = ("-Wl,--gc-sections", "-Wl,-s", "-Wl,-z,max-page-size=4096", "-Wl,-z,defs")
