@@ -40,7 +40,7 @@ static std::vector<int> one_image_a_thread(const std::vector<Network::Image> &im
   return labels;
 }
 
-// All threads work on one image: less time for it. Worth it for networks that take more than some 50 us.
+// All threads work on one image: less time for it, if its layers are large enough to be shared.
 static std::vector<int> all_threads_an_image(const std::vector<Network::Image> &images) {
   const Pool pool(DIGITS_WORKERS);
   Network network(&pool);
