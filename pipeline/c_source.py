@@ -67,7 +67,8 @@ def literal(value: float, dtype: str) -> str:
             return "NAN"
         if value in (float("inf"), float("-inf")):
             return "INFINITY" if value > 0 else "(-INFINITY)"
-        text = float(value).hex() + ("f" if dtype == "float32" else "")
+        digits = re.sub(r"\.?0*p", "p", float(value).hex())  # -0x1.8p+1, not -0x1.8000000000000p+1
+        text = digits + ("f" if dtype == "float32" else "")
     elif dtype == "bool":
         return str(int(value))
     elif dtype == "int32" and value == -(2**31):
