@@ -2,7 +2,7 @@
 
 <name>.h, lib<name>.so, lib<name>.a     c-lib: kernels by LLVM, for one CPU
 <name>.h, <name>.c                      c-source: C99, for any compiler
-<name>.py                               the library from Python, with NumPy alone (c-lib)
+<name>.py                               the library from Python, with NumPy alone
 <name>-config.cmake                     find_package(<name>): the target <name>::<name>
 """
 
@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import keyword
 import re
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ import jinja2
 import tvm
 from tvm import tirx
 
-from pipeline import c_source, compiler, program, toolchain, workspace
+from pipeline import c_names, c_source, compiler, program, toolchain, workspace
 from pipeline.artifact import CLibrary, Manifest
 from pipeline.artifact import Tensor as Spec
 from pipeline.kernel import Part
@@ -41,6 +39,7 @@ _TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
+_TEMPLATES.filters["quoted"] = c_names.quoted
 _TEMPLATES.filters["python"] = lambda text: json.dumps(text, ensure_ascii=False)
 _INTEGERS = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
 _SCALARS = [(dtype, c_source.type_name(dtype)) for dtype in (*_INTEGERS, "float32", "float64")]
@@ -55,31 +54,6 @@ _HWCAPS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 }
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", text))
-
-
-_KEYWORDS = _words(  # of C and C++
-    """alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t char8_t class
-    co_await co_return co_yield compl concept const const_cast consteval constexpr constinit continue decltype
-    default delete do double dynamic_cast else enum explicit export extern false float for friend goto if inline
-    int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public
-    register reinterpret_cast requires restrict return short signed sizeof static static_assert static_cast
-    struct switch template this thread_local throw true try typedef typeid typename typeof union unsigned using
-    virtual void volatile wchar_t while xor xor_eq"""
-)
-_IN_RUN = _words(  # other names that the run function uses, or that compilers define
-    """a apart interface_id linux memcpy memory pool share size_t supported uint32_t uintptr_t unix workspace
-    workspace_bytes"""
-)
-_MACROS = r"NULL|NAN|INFINITY|HUGE_VAL.*|(FP|MATH|M|U?INT\w*|SIZE|PTRDIFF|WCHAR|WINT|SIG)_.*|crossbit_.*|constant\d+"
-_LIBRARIES = _words(  # what a header, library, module or CMake target of the same name would hide
-    """assert complex ctype errno fenv inttypes iso646 limits locale malloc memory pthread setjmp signal stdarg
-    stdatomic stdbool stddef stdint stdio stdlib string strings tgmath threads time unistd wchar wctype c dl m
-    rt util crossbit numpy all clean help install package test"""
-)
-
-
 @dataclass(frozen=True)
 class _Argument:
     """A tensor of the run function. id: its name in C."""
@@ -92,29 +66,6 @@ class _Argument:
     @property
     def declaration(self) -> str:
         return f"{'const ' if self.role == 'input' else ''}{c_source.type_name(self.spec.dtype)} *{self.id}"
-
-
-def check_name(name: str) -> str:
-    """``name``, if a C library can be called that.
-
-    Raises:
-        ValueError: it is no identifier, or something else has that name.
-    """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
-        raise ValueError(f"'{name}' cannot name a C library: give --name with letters, digits and underscores")
-    lower = name.lower()  # file systems may ignore case
-    if lower in _KEYWORDS | _LIBRARIES | sys.stdlib_module_names or keyword.iskeyword(name):
-        raise ValueError(f"'{name}' cannot name a C library: a word or library of C, C++ or Python is called so")
-    return name
-
-
-def quoted(text: str) -> str:
-    """A string of C, that a comment may hold too: without trigraphs, ends or beginnings of comments, or bytes > 127."""
-    plain = (c if re.match(r"[A-Za-z0-9_ .:/+-]", c) else "".join(f"\\{b:03o}" for b in c.encode()) for c in text)
-    return f'"{"".join(plain)}"'
-
-
-_TEMPLATES.filters["quoted"] = quoted
 
 
 def write(
@@ -208,20 +159,9 @@ def _fields(signature: list[str]) -> list[str]:
 
 
 def _arguments(made: Program, manifest: Manifest, library: str) -> list[_Argument]:
-    taken: set[str] = set()
-    elsewhere = re.compile(f"{_MACROS}|{library}_.*", re.IGNORECASE)
-
-    def named(name: str) -> str:
-        stem = re.sub(r"\W", "_", name, flags=re.ASCII)
-        stem = stem if re.match(r"[A-Za-z]", stem) and not elsewhere.fullmatch(stem) else f"t{stem}"
-        unique, i = stem, 2
-        while unique.lower() in taken or unique in _KEYWORDS | _IN_RUN:
-            unique, i = f"{stem}_{i}", i + 1
-        taken.add(unique.lower())
-        return unique
-
+    names = iter(c_names.parameters([spec.name for spec in (*manifest.inputs, *manifest.outputs)], library))
     return [
-        _Argument(role, named(spec.name), spec, tensor)  # type: ignore[arg-type]
+        _Argument(role, next(names), spec, tensor)  # type: ignore[arg-type]
         for role, specs, tensors in (
             ("input", manifest.inputs, made.inputs),
             ("output", manifest.outputs, made.outputs),

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from pipeline import artifact, c_library, compiler, importer, inspection, onnx_file, toolchain, tune
+from pipeline import artifact, c_library, c_names, compiler, importer, inspection, onnx_file, toolchain, tune
 from pipeline.artifact import Emit, Manifest, Tensor
 from targets import Target
 from tvm_ops import opset
@@ -48,7 +48,7 @@ def compile_network(
     if records is not None:
         tune.check_records(records, target, threads)
     folder = folder.absolute()
-    name = c_library.check_name(name or re.sub(r"\W", "_", folder.name)) if emit != "vm" else folder.name
+    name = c_names.check_library(name or re.sub(r"\W", "_", folder.name)) if emit != "vm" else folder.name
     lowered = compiler.lower(importer.load(model, batch))
     inputs, outputs = golden_pair(model, batch)
     manifest = Manifest(

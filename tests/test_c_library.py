@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import targets
-from pipeline import artifact, c_library, models, toolchain
+from pipeline import artifact, c_names, models, toolchain
 from pipeline.artifact import Emit
 from pipeline.data import to_float
 from pipeline.export import export
@@ -330,14 +330,14 @@ def test_names_that_something_else_has(name: str) -> None:
     with pytest.raises(
         ValueError, match=f"^'{name}' cannot name a C library: a word or library of C, C.. or Python is"
     ):
-        c_library.check_name(name)
+        c_names.check_library(name)
 
 
 @pytest.mark.parametrize("name", ["", "1a", "a-b", "a b", "é", "_a", "a\n", "a/b"])
 def test_names_that_are_no_identifiers(name: str) -> None:
     with pytest.raises(ValueError, match="cannot name a C library: give --name with letters, digits and underscores"):
-        c_library.check_name(name)
-    assert c_library.check_name("x") == "x" and c_library.check_name("Net_2") == "Net_2"
+        c_names.check_library(name)
+    assert c_names.check_library("x") == "x" and c_names.check_library("Net_2") == "Net_2"
 
 
 @BOTH
