@@ -190,11 +190,15 @@ def tune(
     trials: Annotated[int, typer.Option(min=1, help="Candidates per kernel, stored ones included.")] = 64,
     records: Records = Path("records"),
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    rpc: Rpc = None,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Search faster schedules for a network's kernels on this machine. Ctrl-C keeps what was found.
+    """Search faster schedules for a network's kernels, on this machine or a board. Ctrl-C keeps what was found.
 
     Example: crossbit tune runs/m16/model.onnx --trials 32
+
+    Example: crossbit tune runs/m16/model.onnx --target cortex-a72 --rpc 127.0.0.1:9190 --key rpi4
     """
     from pipeline import compiler, importer
     from pipeline import tune as tuning
@@ -204,7 +208,15 @@ def tune(
     lowered = compiler.lower(importer.load(model, batch))
     with _progress("tuning") as advance:
         tuned = tuning.tune(
-            lowered, chosen, threads, folder, trials, seed, lambda kernel, done, total: advance(done, total, kernel)
+            lowered,
+            chosen,
+            threads,
+            folder,
+            trials,
+            seed,
+            on_trial=lambda kernel, done, total: advance(done, total, kernel),
+            warn=lambda sentence: err.print(escape(sentence), highlight=False, soft_wrap=True),
+            board=_board_address(rpc, key),
         )
     if as_json:
         _print_json([dataclasses.asdict(kernel) for kernel in tuned])
@@ -254,14 +266,19 @@ def verify(
         raise typer.Exit(1)
 
 
-def _board(rpc: str | None, key: str | None) -> Board | None:
-    if rpc is None and key is None:
-        return None
-    if rpc is None or key is None:
+def _board_address(rpc: str | None, key: str | None) -> tuple[str, str] | None:
+    if rpc is not None and key is not None:
+        return rpc, key
+    if rpc is not None or key is not None:
         raise ValueError("--rpc HOST:PORT (of a tracker) and --key KEY (of a board) go together; give both")
+    return None
+
+
+def _board(rpc: str | None, key: str | None) -> Board | None:
     from pipeline.remote import Board
 
-    return Board(rpc, key)
+    address = _board_address(rpc, key)
+    return Board(*address) if address else None
 
 
 def _compiled_accuracy(loaded: Session, name: str, path: Path | None) -> float:
@@ -372,7 +389,10 @@ def board(
     folder.mkdir(parents=True, exist_ok=True)
     copy = Path(shutil.copy(server, folder))
     port = tracker.rpartition(":")[2]
-    _say("built", f"{copy}: {copy.stat().st_size:,} bytes for {chosen.machine}, glibc {boards.oldest_glibc(copy)} or newer")
+    _say(
+        "built",
+        f"{copy}: {copy.stat().st_size:,} bytes for {chosen.machine}, glibc {boards.oldest_glibc(copy)} or newer",
+    )
     out.print(
         f"start a tracker here:  python -m tvm.exec.rpc_tracker --port {port}\n"
         f"copy the server:       scp {copy} USER@BOARD:\n"

@@ -77,7 +77,9 @@ def compile_network(
         content.chmod(0o755)
         if emit == "vm":
             executable, kernels, tuned = compiler.build(lowered, target, threads, records)
-            executable.export_library(str(content / artifact.LIBRARY), fcompile=toolchain.find_linker(target).link_shared)
+            executable.export_library(
+                str(content / artifact.LIBRARY), fcompile=toolchain.find_linker(target).link_shared
+            )
             made = {"kernels": kernels, "tuned_kernels": tuned}
         else:
             made = c_library.write(lowered, manifest, name, content, target, records)

@@ -46,8 +46,8 @@ class Board:
     """
 
     def __init__(self, tracker: str, key: str, wait: float = 30.0) -> None:
-        self._name = f"board '{key}' of tracker {tracker}"
-        host, port, match_key = _request(tracker, key, wait)
+        self._name = board_name(tracker, key)
+        host, port, match_key = request(tracker, key, wait)
         with self.errors():
             self._remote = tvm.rpc.connect(host, port, match_key)
             self.device = self._remote.cpu()
@@ -87,6 +87,13 @@ class Board:
             AttributeError: it has none of that name.
         """
         return self._remote.get_function(name)
+
+    def mismatch(self, machine: str, features: Iterable[str]) -> str | None:
+        """Why code for a machine and with features does not run there: '... is armv7l'; None if it does."""
+        if not machine.startswith(self.machine):  # 'armv7l' is LLVM's 'arm' or 'armv7'
+            return f"{self} is {self.machine}"
+        missing = self.lacks(features)
+        return f"{self} lacks {', '.join(missing)}" if missing else None
 
     def lacks(self, features: Iterable[str]) -> list[str]:
         """Those that the board does not have; of a board with TVM's own server, those that its LLVM denies."""
@@ -142,13 +149,9 @@ class RemoteSession(Session):
             )
         advice = "compile with a --target of that board"
         with board.lock, board.errors():
-            if not manifest.machine.startswith(board.machine):  # 'armv7l' is LLVM's 'arm' or 'armv7'
+            if reason := board.mismatch(manifest.machine, manifest.features):
                 raise ValueError(
-                    f"{self.folder}: compiled for {manifest.machine}, {board} is {board.machine}; {advice}"
-                )
-            if missing := board.lacks(manifest.features):
-                raise ValueError(
-                    f"{self.folder}: compiled for {manifest.target}, and {board} lacks {', '.join(missing)}; {advice}"
+                    f"{self.folder}: compiled for {manifest.target} on {manifest.machine}, and {reason}; {advice}"
                 )
             try:
                 library = board.load(self.folder / artifact.LIBRARY)
@@ -200,8 +203,17 @@ def _core(part: str) -> str:
     return next((target.cpu for target in known if part and target.cpu_part == part), part)
 
 
-def _request(tracker: str, key: str, wait: float) -> tuple[str, int, str]:
-    """Host, port and one-time key of a board, by the tracker's protocol: TVM's client would wait for ever."""
+def board_name(tracker: str, key: str) -> str:
+    """What messages call a board."""
+    return f"board '{key}' of tracker {tracker}"
+
+
+def request(tracker: str, key: str, wait: float) -> tuple[str, int, str]:
+    """Host, port and one-time key of a board, by the tracker's protocol: TVM's client would wait for ever.
+
+    Raises:
+        ValueError, OSError: as `Board`.
+    """
     from tvm.rpc.base import TrackerCode, recvjson, sendjson
 
     connection, keys = _tracker(tracker)
@@ -213,7 +225,7 @@ def _request(tracker: str, key: str, wait: float) -> tuple[str, int, str]:
         try:
             _, (host, port, match_key) = recvjson(connection)
         except TimeoutError:
-            busy = f"board '{key}' of tracker {tracker} was busy for {wait:g} seconds; try again later"
+            busy = f"{board_name(tracker, key)} was busy for {wait:g} seconds; try again later"
             raise TimeoutError(busy) from None
         except OSError as error:
             raise ConnectionError(f"tracker {tracker} went away ({error}); start it again") from error

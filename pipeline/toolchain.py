@@ -13,7 +13,6 @@ from typing import Any
 
 from targets import Target
 
-
 # What a linker without a C library may leave open: whoever loads a shared library has these.
 _EVERYWHERE = frozenset({"memcpy", "memmove", "memset", "__aeabi_unwind_cpp_pr0"})
 
