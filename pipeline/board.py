@@ -144,8 +144,9 @@ def emulate(target: Target, server: Path, tracker: str, key: str) -> int:
     Only this machine reaches it.
 
     Raises:
-        ValueError: no emulator.
+        ValueError: no emulator, or no C library for it.
     """
+    emulator.check_c_library(target)
     command = [*emulator.command(target), str(server), "--host", "127.0.0.1", "--tracker", tracker, "--key", key]
     with subprocess.Popen(command) as process:
         try:

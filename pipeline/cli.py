@@ -377,8 +377,9 @@ def board(
     if emulate == (folder is not None):
         raise ValueError("give -o FOLDER to build the server for a board, or --emulate to run it here")
     chosen = targets.load(target)
-    if emulate:
+    if emulate:  # before minutes of compiling
         emulator.command(chosen)
+        emulator.check_c_library(chosen)
     with _progress("building the server") as advance:
         server = boards.build(chosen, lambda done, total: advance(done, total, f"for {chosen.machine}"))
     key = key or chosen.name

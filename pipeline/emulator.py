@@ -20,18 +20,27 @@ def command(target: Target) -> list[str]:
     """What to write before a program of ``target`` and its arguments.
 
     Raises:
-        ValueError: there is no emulator, or it is not installed, or a C library for programs that are not static.
+        ValueError: there is no emulator of the machine, or it is not installed.
     """
     if target.machine not in _QEMU:
-        raise ValueError(f"no emulator for {target.machine} CPUs; those for {' and '.join(_QEMU)} are known")
+        raise ValueError(f"no emulator for target {target.name}: only {' and '.join(_QEMU)} CPUs are emulated")
     qemu = _QEMU[target.machine]
-    sysroot = Path("/usr") / target.gnu_triple  # where Debian puts the C libraries of other machines
-    missing = [] if shutil.which(qemu) else ["qemu-user"]
-    if not (sysroot / "lib").is_dir():
-        missing.append(_C_LIBRARY[target.machine])
-    if missing:
-        raise ValueError(
-            f"target {target.name} cannot be emulated: {qemu} or a C library for it is missing; run "
-            f"`apt-get install {' '.join(missing)}`"
-        )
-    return [qemu, "-cpu", _STAND_INS.get(target.name, target.name), "-L", str(sysroot)]
+    if shutil.which(qemu) is None:
+        raise ValueError(f"{qemu} is missing, which emulates {target.name}: run `apt-get install qemu-user`")
+    return [qemu, "-cpu", _STAND_INS.get(target.name, target.name), "-L", str(_sysroot(target))]
+
+
+def check_c_library(target: Target) -> None:
+    """Refuse to run programs that are not static where the C library of the other machine is not installed.
+
+    Raises:
+        ValueError: it is not; the sentence says what to install.
+    """
+    folder = _sysroot(target) / "lib"
+    if not folder.is_dir():
+        package = _C_LIBRARY[target.machine]
+        raise ValueError(f"{folder} is missing, the C library of what is emulated: run `apt-get install {package}`")
+
+
+def _sysroot(target: Target) -> Path:
+    return Path("/usr") / target.gnu_triple  # where Debian puts the C libraries of other machines

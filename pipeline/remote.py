@@ -208,6 +208,16 @@ def board_name(tracker: str, key: str) -> str:
     return f"board '{key}' of tracker {tracker}"
 
 
+def is_there(tracker: str, key: str) -> bool:
+    """Whether the tracker answers and has such a board."""
+    try:
+        connection, keys = _tracker(tracker)
+    except OSError:
+        return False
+    connection.close()
+    return key in keys
+
+
 def request(tracker: str, key: str, wait: float) -> tuple[str, int, str]:
     """Host, port and one-time key of a board, by the tracker's protocol: TVM's client would wait for ever.
 

@@ -105,8 +105,7 @@ def _installed(target: Target) -> Iterator[Toolchain]:
     """What this machine has for ``target``, the first choice first."""
     for compiler in ("gcc", "clang") if _native(target) else ():
         if shutil.which(compiler):
-            cxx = {"gcc": "g++", "clang": "clang++"}[compiler]
-            yield _gnu(compiler, target, "ar", cxx)
+            yield _gnu(compiler, target, "ar", {"gcc": "g++", "clang": "clang++"}[compiler])
     if target.gnu_triple and shutil.which(f"{target.gnu_triple}-gcc"):
         yield _gnu(f"{target.gnu_triple}-gcc", target, f"{target.gnu_triple}-ar", f"{target.gnu_triple}-g++")
     if target.zig_triple and importlib.util.find_spec("ziglang") is not None:

@@ -92,7 +92,7 @@ def tune(
 
     Raises:
         ValueError: the folder's records are another target's, or the CPU cannot run the target.
-        OSError: the board went away; what was found is in ``records``.
+        ValueError, OSError: the board went away; what was found is in ``records``.
     """
     _check_machine(target, board, warn)
     records.mkdir(parents=True, exist_ok=True)
@@ -151,8 +151,7 @@ class _Run:
         self.records = records
         self.logger = _log_to(records / _LOG)
         self.database = compiler.open_records(records, target)
-        self.where = remote.board_name(*board) if board else "this machine"
-        self.warn = warn
+        self.board, self.warn = board, warn
         self.builder = ms.builder.LocalBuilder(
             f_build=_build,
             f_export=functools.partial(_export, target.name) if board else None,
@@ -181,7 +180,7 @@ class _Run:
         (future,) = self.runner.run([ms.runner.RunnerInput(built.artifact_path, "cpu", arguments)])
         result = future.result()
         if result.error_msg is not None:
-            raise ConnectionError(f"{self.where} did not measure {what}: {_last_line(result.error_msg)}")
+            raise ConnectionError(f"{_place(self.board)} did not measure {what}: {_last_line(result.error_msg)}")
         workload = self.database.commit_workload(mod)
         record = ms.database.TuningRecord(sch.trace, workload, result.run_secs, self.tvm_target, arguments)
         self.database.commit_tuning_record(record)
@@ -217,7 +216,7 @@ class _Run:
             database=self.database,
             cost_model=self.cost_model,
             measure_callbacks=[
-                _Failures(task.task_name, self.where, self.warn),  # first: it ends a run before it is recorded
+                _Failures(task.task_name, self.board, self.warn),  # first: a board that is gone leaves no records
                 ms.measure_callback.AddToDatabase(),
                 ms.measure_callback.UpdateCostModel(),
                 ms.measure_callback.RemoveBuildArtifact(),
@@ -269,22 +268,26 @@ class _Progress(ms.measure_callback.PyMeasureCallback):
 
 @derived_object
 class _Failures(ms.measure_callback.PyMeasureCallback):
-    """Tells ``report`` which candidates failed, and ends the search when all of a batch did."""
+    """Tells ``report`` which candidates failed, and ends the search where the board is gone."""
 
-    def __init__(self, kernel: str, where: str, report: Callable[[str], None]) -> None:
+    def __init__(self, kernel: str, board: tuple[str, str] | None, report: Callable[[str], None]) -> None:
         super().__init__()
-        self.kernel, self.where, self.report = kernel, where, report
+        self.kernel, self.board, self.report = kernel, board, report
 
     def apply(
         self, task_scheduler: Any, task_id: int, measure_candidates: Any, builder_results: Any, runner_results: Any
     ) -> None:
+        where = _place(self.board)
         errors = [_last_line(r.error_msg) for r in [*builder_results, *runner_results] if r.error_msg is not None]
         for error in errors:
-            self.report(f"a candidate for {self.kernel} failed on {self.where}: {error}")
-        if len(errors) >= len(measure_candidates):
-            raise ConnectionError(
-                f"{self.where} measured none of {len(errors)} candidates for {self.kernel}: {errors[-1]}"
-            )
+            self.report(f"a candidate for {self.kernel} failed on {where}: {error}")
+        if self.board is not None and len(errors) >= len(measure_candidates) and not remote.is_there(*self.board):
+            # A ValueError, because TVM, which called this, makes another type of an OSError.
+            raise ValueError(f"{where} went away: {errors[-1]}; what was found before is kept")
+
+
+def _place(board: tuple[str, str] | None) -> str:
+    return remote.board_name(*board) if board else "this machine"
 
 
 def _last_line(message: Any) -> str:

@@ -158,12 +158,13 @@ int g_signals = -1;  // a descriptor that is readable when there was one
   exit(2);
 }
 
-/*! \brief Wait for one of two descriptors (negative ones are never ready) or a child's end; Ctrl-C throws.
- *  \return Whether they are ready; both false after `milliseconds`, or when a child ended. */
+/*! \brief Which of two descriptors can be read, and whether a child ended. */
 struct Ready {
   bool first = false, second = false, child = false;
 };
 struct Interrupted {};
+
+/*! \brief Wait for any of that, `milliseconds` at most (-1: for ever); descriptors may be -1. Ctrl-C throws. */
 Ready Wait(int first, int second, int milliseconds) {
   pollfd files[] = {{first, POLLIN, 0}, {second, POLLIN, 0}, {g_signals, POLLIN, 0}};
   if (poll(files, 3, milliseconds) < 0) return {};
@@ -432,10 +433,14 @@ int main(int count, char** arguments) {
   size_t colon = tracker_address.rfind(':');
   bool plain = key.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") == key.npos;
   if (key.empty() || !plain || colon == std::string::npos) Usage();
+  int tracker_port = PortNumber(tracker_address.substr(colon + 1));
 
   sigset_t handled;
   sigemptyset(&handled);
-  for (int signal : {SIGINT, SIGTERM, SIGHUP, SIGCHLD}) sigaddset(&handled, signal);
+  for (int signal : {SIGINT, SIGTERM, SIGCHLD}) sigaddset(&handled, signal);
+  struct sigaction hangup;
+  sigaction(SIGHUP, nullptr, &hangup);
+  if (hangup.sa_handler != SIG_IGN) sigaddset(&handled, SIGHUP);  // under nohup it goes on
   sigprocmask(SIG_BLOCK, &handled, nullptr);
   signal(SIGPIPE, SIG_IGN);
   g_signals = signalfd(-1, &handled, SFD_CLOEXEC);
@@ -443,7 +448,7 @@ int main(int count, char** arguments) {
   int listener = Listen(host, &port);
   fprintf(stderr, "board '%s': %s%s%s, %u cores, port %d\n", key.c_str(), kMachine, Emulated() ? ", emulated" : "",
           CpuPart().empty() ? "" : (", core " + CpuPart()).c_str(), std::thread::hardware_concurrency(), port);
-  Tracker tracker(tracker_address.substr(0, colon), PortNumber(tracker_address.substr(colon + 1)), key, port);
+  Tracker tracker(tracker_address.substr(0, colon), tracker_port, key, port);
   try {
     for (int sessions = 0;;) {
       Client client;
