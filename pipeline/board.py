@@ -12,12 +12,13 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline import emulator, toolchain
 from targets import Target, cores
@@ -138,18 +139,13 @@ def oldest_glibc(server: Path) -> str:
     return f"2.{max(asked)}"
 
 
-def emulate(target: Target, server: Path, tracker: str, key: str) -> int:
-    """Run the server here, on an emulated CPU of ``target``, until it is ended; its exit code.
-
-    Only this machine reaches it.
+def emulate(target: Target, server: Path, tracker: str, key: str) -> NoReturn:
+    """Become the server, on an emulated CPU of ``target``. Only this machine reaches it.
 
     Raises:
         ValueError: no emulator, or no C library for it.
     """
     emulator.check_c_library(target)
     command = [*emulator.command(target), str(server), "--host", "127.0.0.1", "--tracker", tracker, "--key", key]
-    with subprocess.Popen(command) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the terminal sent it to both; the server cleans up
-            return process.wait()
+    sys.stdout.flush()
+    os.execvp(command[0], command)

@@ -385,7 +385,7 @@ def board(
     key = key or chosen.name
     if emulate:
         _say("emulated", f"{chosen.name} as board '{key}': results are exact, times mean nothing; Ctrl-C ends it")
-        raise typer.Exit(boards.emulate(chosen, server, tracker, key))
+        boards.emulate(chosen, server, tracker, key)
     assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)
     copy = Path(shutil.copy(server, folder))
