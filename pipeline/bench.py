@@ -45,6 +45,7 @@ class Bench(_Record):
     """Measurements of one run on one machine.
 
     Attributes:
+        emulated: times are those of an emulator, and say nothing about the CPU.
         board: where it was measured, over RPC, by the board's clock; None for this machine.
     """
 
@@ -94,7 +95,7 @@ def bench(
         cpu=(board.cpu or "unknown CPU") if board else cpu_name(),
         threads=threads,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        emulated=False,
+        emulated=board is not None and board.emulated,
         board=str(board) if board else None,
         measurements=tuple(_measurement(s, times) for s, times in zip(subjects, seconds, strict=True)),
     )

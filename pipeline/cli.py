@@ -218,11 +218,15 @@ def tune(
     trials: Annotated[int, typer.Option(min=1, help="Candidates per kernel, stored ones included.")] = 64,
     records: Records = Path("records"),
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    rpc: Rpc = None,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Search faster schedules for a network's kernels on this machine. Ctrl-C keeps what was found.
+    """Search faster schedules for a network's kernels, on this machine or a board. Ctrl-C keeps what was found.
 
     Example: crossbit tune runs/m16/model.onnx --trials 32
+
+    Example: crossbit tune runs/m16/model.onnx --target cortex-a72 --rpc 127.0.0.1:9190 --key rpi4
     """
     from pipeline import compiler, importer
     from pipeline import tune as tuning
@@ -232,7 +236,15 @@ def tune(
     lowered = compiler.lower(importer.load(model, batch))
     with _progress("tuning") as advance:
         tuned = tuning.tune(
-            lowered, chosen, threads, folder, trials, seed, lambda kernel, done, total: advance(done, total, kernel)
+            lowered,
+            chosen,
+            threads,
+            folder,
+            trials,
+            seed,
+            on_trial=lambda kernel, done, total: advance(done, total, kernel),
+            warn=lambda sentence: err.print(escape(sentence), highlight=False, soft_wrap=True),
+            board=_board_address(rpc, key),
         )
     if as_json:
         _print_json([dataclasses.asdict(kernel) for kernel in tuned])
@@ -267,7 +279,7 @@ def verify(
     verdict = session.verify(loaded)
     summary: dict[str, Any] = {**dataclasses.asdict(verdict), "passed": verdict.passed}
     if board is not None:
-        summary["board"] = str(board)
+        summary |= {"board": str(board), "emulated": board.emulated}
     if data is not None:
         summary["accuracy"] = _compiled_accuracy(loaded, data, path)
         (folder.parent / f"{folder.name}.verify.json").write_text(json.dumps(summary) + "\n")
@@ -275,21 +287,26 @@ def verify(
         _print_json(summary)
     else:
         word = "verified" if verdict.passed else "differs"
-        where = f" on {board}, over RPC" if board else ""
+        where = f" on {board}, over RPC{', emulated' if board.emulated else ''}" if board else ""
         accuracy = f", test accuracy {summary['accuracy']:.2%}" if data else ""
         _say(word, f"{folder}{where}: largest error {verdict.error:.3g}, limit {verdict.limit:.3g}{accuracy}")
     if not verdict.passed:
         raise typer.Exit(1)
 
 
-def _board(rpc: str | None, key: str | None) -> Board | None:
-    if rpc is None and key is None:
-        return None
-    if rpc is None or key is None:
+def _board_address(rpc: str | None, key: str | None) -> tuple[str, str] | None:
+    if rpc is not None and key is not None:
+        return rpc, key
+    if rpc is not None or key is not None:
         raise ValueError("--rpc HOST:PORT (of a tracker) and --key KEY (of a board) go together; give both")
+    return None
+
+
+def _board(rpc: str | None, key: str | None) -> Board | None:
     from pipeline.remote import Board
 
-    return Board(rpc, key)
+    address = _board_address(rpc, key)
+    return Board(*address) if address else None
 
 
 def _compiled_accuracy(loaded: Session, name: str, path: Path | None) -> float:
@@ -356,12 +373,63 @@ def bench(
         for m in result.measurements
     ]
     where = f" on {board}, over RPC" if board else ""
+    if result.emulated:
+        where += ", EMULATED: these times say nothing about the CPU"
     title = f"{result.cpu}{where}, {threads} thread(s), {result.date}"
     _table(title, ("subject", "runtime", "median us", "p10", "p90", "speed"), rows)
     if profile:
         whole = sum(kernels.values())
         shares = [(name, f"{seconds * 1e6:.1f}", f"{seconds / whole:.1%}") for name, seconds in kernels.items()]
         _table(f"kernels of {folders[0]}", ("kernel", "us", "share"), shares)
+
+
+@app.command()
+def board(
+    target: Annotated[str, typer.Option("--target", "-t", help="A name of `crossbit targets`: the board's CPU.")],
+    folder: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the server.")] = None,
+    emulate: Annotated[bool, typer.Option(help="Run it here instead, on an emulated CPU, until Ctrl-C.")] = False,
+    tracker: Annotated[str, typer.Option(metavar="HOST:PORT", help="The TVM tracker.")] = "127.0.0.1:9190",
+    key: Annotated[str | None, typer.Option(help="The name to register with; default: the target's.")] = None,
+) -> None:
+    """Build the server that makes a board of a machine: one file, without Python, for verify, bench and tune --rpc.
+
+    Example: crossbit board --target cortex-a72 -o board
+
+    Example: crossbit board --target cortex-a72 --emulate --tracker 127.0.0.1:9190 --key rpi4
+    """
+    import shutil
+
+    from pipeline import board as boards
+    from pipeline import emulator
+
+    if emulate == (folder is not None):
+        raise ValueError("give -o FOLDER to build the server for a board, or --emulate to run it here")
+    chosen = targets.load(target)
+    if emulate:  # before minutes of compiling
+        emulator.command(chosen)
+        emulator.check_c_library(chosen)
+    with _progress("building the server") as advance:
+        server = boards.build(chosen, lambda done, total: advance(done, total, f"for {chosen.machine}"))
+    key = key or chosen.name
+    if emulate:
+        _say("emulated", f"{chosen.name} as board '{key}': results are exact, times mean nothing; Ctrl-C ends it")
+        boards.emulate(chosen, server, tracker, key)
+    assert folder is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = Path(shutil.copy(server, folder))
+    port = tracker.rpartition(":")[2]
+    _say(
+        "built",
+        f"{copy}: {copy.stat().st_size:,} bytes for {chosen.machine}, glibc {boards.oldest_glibc(copy)} or newer",
+    )
+    out.print(
+        f"start a tracker here:  python -m tvm.exec.rpc_tracker --port {port}\n"
+        f"copy the server:       scp {copy} USER@BOARD:\n"
+        f"start it there:        ./{copy.name} --tracker ADDRESS-OF-THIS-MACHINE:{port} --key {key}\n"
+        f"use it from here:      crossbit verify ARTIFACT --rpc {tracker} --key {key}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

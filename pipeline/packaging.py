@@ -42,7 +42,7 @@ def compile_network(
 
     Raises:
         ValueError: a file, operator or shape that is not supported; records of another target; a target without TVM's
-            runtime, or without a compiler on this machine; a name that is none in C.
+            runtime, or without a linker (a compiler for 'c-lib') on this machine; a name that is none in C.
     """
     _check_route(target, emit)
     if records is not None:
@@ -77,7 +77,9 @@ def compile_network(
         content.chmod(0o755)
         if emit == "vm":
             executable, kernels, tuned = compiler.build(lowered, target, threads, records)
-            executable.export_library(str(content / artifact.LIBRARY), fcompile=toolchain.find(target).link_shared)
+            executable.export_library(
+                str(content / artifact.LIBRARY), fcompile=toolchain.find_linker(target).link_shared
+            )
             made = {"kernels": kernels, "tuned_kernels": tuned}
         else:
             made = c_library.write(lowered, manifest, name, content, target, records)
@@ -96,7 +98,9 @@ def _check_route(target: Target, emit: Emit) -> None:
         raise ValueError(
             f"target {target.name} has neither TVM's runtime nor shared libraries: compile with --emit c-source"
         )
-    if emit != "c-source":
+    if emit == "vm":
+        toolchain.find_linker(target)
+    elif emit == "c-lib":
         toolchain.find(target)
 
 

@@ -1,8 +1,9 @@
 """An artifact running on a board that registered at a TVM tracker.
 
-A board runs TVM's server, ``python -m tvm.exec.rpc_server --tracker HOST:PORT --key KEY``; the tracker lends it to one
-client at a time. What leaves this machine is the library and the inputs, what comes back are outputs and times. TVM's
-protocol knows neither passwords nor encryption, and runs what it is sent: for a trusted network only.
+A board runs the server of `pipeline.board`, or TVM's own, ``python -m tvm.exec.rpc_server --tracker HOST:PORT --key
+KEY``; the tracker lends it to one client at a time. What leaves this machine is the library and the inputs, what comes
+back are outputs and times. TVM's protocol knows neither passwords nor encryption, and runs what it is sent: for a
+trusted network only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import tvm
 
+import targets
 from pipeline import artifact
 from pipeline.session import ALL_CORES, Session, exclusive
 
@@ -34,7 +36,9 @@ class Board:
         wait: seconds to wait for a board that another client uses.
 
     Attributes:
-        machine, cpu: by the board's LLVM, as in 'aarch64' and 'cortex-a72'; empty where its server has none.
+        machine: 'aarch64', 'armv7l', ...; '' where the server does not know.
+        cpu: the core's name and the board's, as far as the server knows; else ''.
+        emulated: whether its server said so; TVM's own does not know.
 
     Raises:
         ValueError: an address that is none, or a key that no board has.
@@ -42,13 +46,21 @@ class Board:
     """
 
     def __init__(self, tracker: str, key: str, wait: float = 30.0) -> None:
-        self._name = f"board '{key}' of tracker {tracker}"
-        host, port, match_key = _request(tracker, key, wait)
+        self._name = board_name(tracker, key)
+        host, port, match_key = request(tracker, key, wait)
         with self.errors():
             self._remote = tvm.rpc.connect(host, port, match_key)
             self.device = self._remote.cpu()
-            self.machine = str(self._answer("target.llvm_get_system_triple") or "").split("-")[0]
-            self.cpu = str(self._answer("target.llvm_get_system_cpu") or "")
+            info = self._answer("crossbit.board_info")
+            if info is None:  # TVM's own server
+                self.machine = str(self._answer("target.llvm_get_system_triple") or "").split("-")[0]
+                self.cpu = str(self._answer("target.llvm_get_system_cpu") or "")
+                self.emulated, self._features = False, None
+            else:
+                facts = dict(line.split("=", 1) for line in str(info).splitlines())
+                self.machine, self.emulated = facts["machine"], facts["emulated"] == "yes"
+                self.cpu = " ".join(filter(None, (_core(facts["part"]), facts["model"]))) or self.machine
+                self._features = frozenset(facts["features"].split())
         self.lock = threading.Lock()  # one connection, however many sessions
         self._uploads = itertools.count()
 
@@ -76,8 +88,17 @@ class Board:
         """
         return self._remote.get_function(name)
 
+    def mismatch(self, machine: str, features: Iterable[str]) -> str | None:
+        """Why code for a machine and with features does not run there: '... is armv7l'; None if it does."""
+        if not machine.startswith(self.machine):  # 'armv7l' is LLVM's 'arm' or 'armv7'
+            return f"{self} is {self.machine}"
+        missing = self.lacks(features)
+        return f"{self} lacks {', '.join(missing)}" if missing else None
+
     def lacks(self, features: Iterable[str]) -> list[str]:
-        """Those that the board's LLVM denies; none where its server has no LLVM to ask, or LLVM does not know them."""
+        """Those that the board does not have; of a board with TVM's own server, those that its LLVM denies."""
+        if self._features is not None:
+            return sorted(set(features) - self._features)
         known = self._answer("tvm.codegen.llvm.GetHostCPUFeatures")
         text = self.function("ffi.ReprPrint")(known) if known is not None else ""
         denied = re.findall(r'"([^"]+)": T\.bool\(False\)', text)
@@ -99,8 +120,8 @@ class Board:
             raise ValueError(f"{self}: {_last_line(error)}") from error
         except tvm.error.InternalError as error:  # from the socket
             raise ConnectionError(
-                f"{self}: went away ({_last_line(error)}), because its server was ended or met an instruction that the "
-                f"CPU lacks; start the server again"
+                f"{self}: went away ({_last_line(error)}), because its server was ended or its session died, which the "
+                f"server's own lines tell; start the server again if it was"
             ) from error
 
     def _answer(self, name: str) -> Any:
@@ -128,13 +149,9 @@ class RemoteSession(Session):
             )
         advice = "compile with a --target of that board"
         with board.lock, board.errors():
-            if not manifest.machine.startswith(board.machine):  # 'armv7l' is LLVM's 'arm' or 'armv7'
+            if reason := board.mismatch(manifest.machine, manifest.features):
                 raise ValueError(
-                    f"{self.folder}: compiled for {manifest.machine}, {board} is {board.machine}; {advice}"
-                )
-            if missing := board.lacks(manifest.features):
-                raise ValueError(
-                    f"{self.folder}: compiled for {manifest.target}, and {board} lacks {', '.join(missing)}; {advice}"
+                    f"{self.folder}: compiled for {manifest.target} on {manifest.machine}, and {reason}; {advice}"
                 )
             try:
                 library = board.load(self.folder / artifact.LIBRARY)
@@ -180,8 +197,33 @@ class RemoteSession(Session):
         raise ValueError(f"kernels of {self._board} cannot be timed: a callback does it, and RPC carries none")
 
 
-def _request(tracker: str, key: str, wait: float) -> tuple[str, int, str]:
-    """Host, port and one-time key of a board, by the tracker's protocol: TVM's client would wait for ever."""
+def _core(part: str) -> str:
+    """The name of a core by ARM's number of it, or the number."""
+    known = (targets.load(name) for name in targets.names())
+    return next((target.cpu for target in known if part and target.cpu_part == part), part)
+
+
+def board_name(tracker: str, key: str) -> str:
+    """What messages call a board."""
+    return f"board '{key}' of tracker {tracker}"
+
+
+def is_there(tracker: str, key: str) -> bool:
+    """Whether the tracker answers and has such a board."""
+    try:
+        connection, keys = _tracker(tracker)
+    except OSError:
+        return False
+    connection.close()
+    return key in keys
+
+
+def request(tracker: str, key: str, wait: float) -> tuple[str, int, str]:
+    """Host, port and one-time key of a board, by the tracker's protocol: TVM's client would wait for ever.
+
+    Raises:
+        ValueError, OSError: as `Board`.
+    """
     from tvm.rpc.base import TrackerCode, recvjson, sendjson
 
     connection, keys = _tracker(tracker)
@@ -193,7 +235,7 @@ def _request(tracker: str, key: str, wait: float) -> tuple[str, int, str]:
         try:
             _, (host, port, match_key) = recvjson(connection)
         except TimeoutError:
-            busy = f"board '{key}' of tracker {tracker} was busy for {wait:g} seconds; try again later"
+            busy = f"{board_name(tracker, key)} was busy for {wait:g} seconds; try again later"
             raise TimeoutError(busy) from None
         except OSError as error:
             raise ConnectionError(f"tracker {tracker} went away ({error}); start it again") from error

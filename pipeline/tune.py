@@ -7,11 +7,14 @@ run leaves its records and the next one continues from them.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +24,14 @@ import tvm
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 
-from pipeline import compiler
+import targets
+from pipeline import compiler, remote, toolchain
+from pipeline.remote import Board
 from targets import Target, cores
 from tvm_ops import schedule_cpu
 
 _IDENTITY, _LOG = "target.json", "tune.log"
+_SECONDS = 60  # that a candidate may take to build, and to be measured
 
 
 @dataclass(frozen=True)
@@ -72,25 +78,29 @@ def tune(
     trials: int,
     seed: int,
     on_trial: Callable[[str, int, int], None] = lambda kernel, done, total: None,
+    warn: Callable[[str], None] = lambda sentence: None,
+    board: tuple[str, str] | None = None,
 ) -> list[Tuned]:
-    """Tune every reduction of a lowered module on this machine.
+    """Tune every reduction of a lowered module on this machine, or on a board.
 
     Args:
         records: the folder of this target; created, or continued.
         trials: candidates per kernel, those already in ``records`` included.
         on_trial: called with the kernel's name, candidates measured so far, and in all.
+        warn: called with a sentence about a candidate that could not be measured, or a board that is emulated.
+        board: the address of its tracker, and its key.
 
     Raises:
-        ValueError: the folder's records are another target's, or this CPU cannot run the target.
+        ValueError: the folder's records are another target's, or the CPU cannot run the target.
+        ValueError, OSError: the board went away; what was found is in ``records``.
     """
-    if missing := target.missing_features():
-        raise ValueError(f"target {target.name} cannot be measured here: this machine lacks {', '.join(missing)}")
+    _check_machine(target, board, warn)
     records.mkdir(parents=True, exist_ok=True)
     if (records / _IDENTITY).exists():
         check_records(records, target, threads)
     else:
         (records / _IDENTITY).write_text(json.dumps(_identity(target, threads)))
-    run = _Run(target, threads, records, seed)
+    run = _Run(target, threads, records, seed, board, warn)
     tasks = [t for t in ms.relax_integration.extract_tasks(mod, run.tvm_target) if schedule_cpu.has_reduction(t.mod)]
     counts = [len(run.stored(task)) for task in tasks]
     done = sum(min(trials, stored) for stored in counts)
@@ -111,18 +121,44 @@ def tune(
     return [run.summary(task) for task in tasks]
 
 
+def _check_machine(target: Target, board: tuple[str, str] | None, warn: Callable[[str], None]) -> None:
+    """Refuse a target that what measures it cannot run."""
+    if board is None:
+        if missing := target.missing_features():
+            raise ValueError(f"target {target.name} cannot be measured here: this machine lacks {', '.join(missing)}")
+        return
+    with closing(Board(*board)) as there, there.errors():
+        if reason := there.mismatch(target.machine, target.features):
+            raise ValueError(f"target {target.name} cannot be measured there: {reason}")
+        if there.emulated:
+            warn(f"{there} is emulated: the records will not say what is fast on a {target.name}")
+
+
 class _Run:
     """MetaSchedule's parts, made once for all kernels."""
 
-    def __init__(self, target: Target, threads: int, records: Path, seed: int) -> None:
+    def __init__(
+        self,
+        target: Target,
+        threads: int,
+        records: Path,
+        seed: int,
+        board: tuple[str, str] | None,
+        warn: Callable[[str], None],
+    ) -> None:
         self.target, self.threads, self.seed = target, threads, seed
         self.tvm_target = target.tvm_target(threads)
         self.records = records
         self.logger = _log_to(records / _LOG)
         self.database = compiler.open_records(records, target)
-        self.builder = ms.builder.LocalBuilder(f_build=_build, timeout_sec=60, max_workers=cores())
-        evaluator = ms.runner.EvaluatorConfig(number=3, repeat=3, min_repeat_ms=10)
-        self.runner = ms.runner.LocalRunner(timeout_sec=60, evaluator_config=evaluator)
+        self.board, self.warn = board, warn
+        self.builder = ms.builder.LocalBuilder(
+            f_build=_build,
+            f_export=functools.partial(_export, target.name) if board else None,
+            timeout_sec=_SECONDS,
+            max_workers=cores(),
+        )
+        self.runner = _runner(board)
         self.cost_model = ms.cost_model.XGBModel(
             num_warmup_samples=16, extractor=ms.feature_extractor.PerStoreFeature(), num_tuning_cores=cores()
         )
@@ -137,13 +173,14 @@ class _Run:
         mod = task.dispatched[0]
         sch = compiler.default_schedule(mod, self.target, self.threads)
         (built,) = self.builder.build([ms.builder.BuilderInput(sch.mod, self.tvm_target)])
+        what = f"the default schedule of {task.task_name}"
         if built.error_msg is not None:
-            raise RuntimeError(f"the default schedule of {task.task_name} does not build: {built.error_msg}")
+            raise RuntimeError(f"{what} does not build: {built.error_msg}")
         arguments = ms.arg_info.ArgInfo.from_prim_func(mod["main"])
         (future,) = self.runner.run([ms.runner.RunnerInput(built.artifact_path, "cpu", arguments)])
         result = future.result()
         if result.error_msg is not None:
-            raise RuntimeError(f"the default schedule of {task.task_name} does not run: {result.error_msg}")
+            raise ConnectionError(f"{_place(self.board)} did not measure {what}: {_last_line(result.error_msg)}")
         workload = self.database.commit_workload(mod)
         record = ms.database.TuningRecord(sch.trace, workload, result.run_secs, self.tvm_target, arguments)
         self.database.commit_tuning_record(record)
@@ -179,6 +216,7 @@ class _Run:
             database=self.database,
             cost_model=self.cost_model,
             measure_callbacks=[
+                _Failures(task.task_name, self.board, self.warn),  # first: a board that is gone leaves no records
                 ms.measure_callback.AddToDatabase(),
                 ms.measure_callback.UpdateCostModel(),
                 ms.measure_callback.RemoveBuildArtifact(),
@@ -226,6 +264,77 @@ class _Progress(ms.measure_callback.PyMeasureCallback):
         self, task_scheduler: Any, task_id: int, measure_candidates: Any, builder_results: Any, runner_results: Any
     ) -> None:
         self.report(len(measure_candidates))
+
+
+@derived_object
+class _Failures(ms.measure_callback.PyMeasureCallback):
+    """Tells ``report`` which candidates failed, and ends the search where the board is gone."""
+
+    def __init__(self, kernel: str, board: tuple[str, str] | None, report: Callable[[str], None]) -> None:
+        super().__init__()
+        self.kernel, self.board, self.report = kernel, board, report
+
+    def apply(
+        self, task_scheduler: Any, task_id: int, measure_candidates: Any, builder_results: Any, runner_results: Any
+    ) -> None:
+        where = _place(self.board)
+        errors = [_last_line(r.error_msg) for r in [*builder_results, *runner_results] if r.error_msg is not None]
+        for error in errors:
+            self.report(f"a candidate for {self.kernel} failed on {where}: {error}")
+        if self.board is not None and len(errors) >= len(measure_candidates) and not remote.is_there(*self.board):
+            # A ValueError, because TVM, which called this, makes another type of an OSError.
+            raise ValueError(f"{where} went away: {errors[-1]}; what was found before is kept")
+
+
+def _place(board: tuple[str, str] | None) -> str:
+    return remote.board_name(*board) if board else "this machine"
+
+
+def _last_line(message: Any) -> str:
+    """What went wrong, without the traceback above it and the type before it."""
+    line = str(message).strip().splitlines()[-1]
+    return line.partition("Error: ")[2] or line
+
+
+def _runner(board: tuple[str, str] | None) -> Any:
+    """What measures candidates."""
+    evaluator = ms.runner.EvaluatorConfig(number=3, repeat=3, min_repeat_ms=10)
+    if board is None:
+        return ms.runner.LocalRunner(timeout_sec=_SECONDS, evaluator_config=evaluator)
+    tracker, key = board
+    host, _, port = tracker.rpartition(":")
+    return ms.runner.RPCRunner(
+        ms.runner.RPCConfig(host, int(port), key, session_timeout_sec=_SECONDS),
+        evaluator,
+        f_create_session=_session,
+        f_run_evaluator=_times,
+        max_workers=1,  # a board measures one candidate at a time
+    )
+
+
+def _session(config: Any) -> Any:
+    """As MetaSchedule's own, which waits for ever for a board that is not there."""
+    host, port, match_key = remote.request(
+        f"{config.tracker_host}:{config.tracker_port}", config.tracker_key, config.session_timeout_sec / 2
+    )
+    return tvm.rpc.connect(host, port, match_key, session_timeout=config.session_timeout_sec)
+
+
+def _times(session: Any, library: Any, device: Any, evaluator: Any, arguments: Any) -> list[float]:
+    """As MetaSchedule's own, which believes every number."""
+    from tvm.s_tir.meta_schedule.runner.utils import run_evaluator_common
+
+    seconds = run_evaluator_common(library, device, evaluator, arguments)
+    if not all(0 < s < _SECONDS and math.isfinite(s) for s in seconds):
+        raise ValueError(f"it says that a call took {seconds} seconds")
+    return seconds
+
+
+def _export(target: str, module: Any) -> str:
+    """A shared library; MetaSchedule's own is an archive that the board's compiler would have to link."""
+    path = Path(tempfile.mkdtemp()) / "kernel.so"
+    module.export_library(str(path), fcompile=toolchain.find_linker(targets.load(target)).link_shared)
+    return str(path)
 
 
 def _build(mod: tvm.IRModule, target: Any, params: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,27 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import toolchain
+from pipeline import emulator, toolchain
 from targets import Target
-
-_EMULATORS = {"aarch64": "qemu-aarch64", "armv7l": "qemu-arm"}
-# QEMU 7.2 has a model of most cores by their name; for the others, the smallest that has their instructions.
-_STAND_INS = {"cortex-a55": "cortex-a76", "cortex-a710": "max"}
 
 
 def need(target: Target) -> None:
     """Skip the test where ``target``'s C compiler or a machine to run it is missing, and say which."""
     try:
         toolchain.find(target)
+        if target.missing_features():
+            emulator.command(target)
     except ValueError as error:
         pytest.skip(str(error))
-    missing = target.missing_features()
-    if not missing:
-        return
-    if target.machine not in _EMULATORS:
-        pytest.skip(f"no machine for target {target.name} here: this one lacks {', '.join(missing)}")
-    if shutil.which(_EMULATORS[target.machine]) is None:
-        pytest.skip(f"{_EMULATORS[target.machine]} is missing: `scripts/setup` as root installs it (qemu-user)")
 
 
 def run(target: Target, program: Path, *args: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
@@ -39,10 +29,7 @@ def run(target: Target, program: Path, *args: str, seconds: float = 120) -> subp
     Raises:
         subprocess.TimeoutExpired: it took more than ``seconds``.
     """
-    command: list[str] = []
-    if target.missing_features():
-        sysroot = Path("/usr") / target.gnu_triple  # Debian's cross C library, for programs that are not static
-        command = [_EMULATORS[target.machine], "-cpu", _STAND_INS.get(target.name, target.name), "-L", str(sysroot)]
+    command = emulator.command(target) if target.missing_features() else []
     return subprocess.run([*command, str(program), *args], capture_output=True, text=True, timeout=seconds, check=False)
 
 

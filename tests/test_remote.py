@@ -149,7 +149,7 @@ def test_the_commands(crossbit: Crossbit, tracker: str, small_artifact: Path, tm
     here = crossbit("verify", small_artifact, "--json").json
     verified = crossbit("verify", small_artifact, *there, "--json")
     assert (verified.code, verified.err) == (0, "")
-    assert verified.json == here | {"board": name}
+    assert verified.json == here | {"board": name, "emulated": False}
     assert f"verified {small_artifact} on {name}, over RPC: " in crossbit("verify", small_artifact, *there).out
     file = tmp_path / "bench.json"
     timed = crossbit("bench", small_artifact, small_artifact, *there, "--rounds", 3, "--json", "-o", file)
@@ -229,7 +229,7 @@ def test_features_are_the_boards(lend: Lend, copied: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("full", "compiled for aarch64, board 'full' of tracker {} is x86_64"),
+        ("full", r"compiled for \S+ on aarch64, and board 'full' of tracker {} is x86_64"),
         ("small", r"compiled for \S+, and board 'small' of tracker {} cannot load it \(.*\)"),
     ],
 )

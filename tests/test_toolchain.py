@@ -15,9 +15,9 @@ import machines
 import pytest
 
 import targets
-from pipeline import artifact, toolchain
+from pipeline import artifact, emulator, toolchain
 from pipeline.packaging import compile_network
-from pipeline.toolchain import Toolchain
+from pipeline.toolchain import Linker, Toolchain
 
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183, "armv7l": 40, "arm-none": 40}
 HAS_ZIG = importlib.util.find_spec("ziglang") is not None
@@ -110,6 +110,35 @@ def test_without_any_it_says_what_to_install(name: str, ways: str, tools: Path) 
     assert str(caught.value) == f"no C compiler for target {name} on this machine: run {ways}"
 
 
+def test_a_linker_alone_is_the_last_for_tvms_libraries(tools: Path) -> None:
+    target = targets.load("cortex-a72")
+    ways = "`apt-get install binutils-aarch64-linux-gnu` or `pip install ziglang`"
+    with pytest.raises(ValueError, match=f"^no linker for target cortex-a72 on this machine: run {ways}$"):
+        toolchain.find_linker(target)
+    tool(tools, "aarch64-linux-gnu-ld")
+    tool(tools, "aarch64-linux-gnu-nm", 'echo "TVMFFISomething U"; echo "memcpy@GLIBC_2.17 U"; echo "__gmon_start__ w"')
+    linker = toolchain.find_linker(target)
+    assert linker == Linker("aarch64-linux-gnu")
+    linker.link_shared("x.so", ["x.o"])
+    tool(tools, "aarch64-linux-gnu-nm", 'echo "expf U"; echo "TVMFFISomething U"')
+    with pytest.raises(
+        ValueError, match="aarch64-linux-gnu-ld alone has no C library, and the code calls expf: run `ap"
+    ):
+        linker.link_shared("x.so", ["x.o"])
+    tool(tools, "aarch64-linux-gnu-gcc")
+    assert toolchain.find_linker(target) == toolchain.find(target)
+
+
+def test_a_cxx_compiler_may_be_missing_beside_the_c_compiler(tools: Path) -> None:
+    target = targets.load("cortex-a7")
+    tool(tools, "arm-linux-gnueabihf-gcc")
+    ways = "`apt-get install g\\+\\+-arm-linux-gnueabihf` or `pip install ziglang`"
+    with pytest.raises(ValueError, match=f"^no C\\+\\+ compiler for target cortex-a7 on this machine: run {ways}$"):
+        toolchain.find_cxx(target)
+    tool(tools, "arm-linux-gnueabihf-g++")
+    assert toolchain.find_cxx(target).cxx == ("arm-linux-gnueabihf-g++",)
+
+
 def test_a_failing_tool_is_quoted_in_one_sentence(tools: Path) -> None:
     tool(tools, "gcc", 'echo "x.c:1: Note"; for i in 1 2 3 4; do echo "  x.c:$i: error: no $i" >&2; done; exit 3')
     found = Toolchain("gcc 9.8.7", ("gcc",), ("ar",))
@@ -152,7 +181,9 @@ def test_what_every_target_compiles(name: str, tmp_path: Path) -> None:
         found.run(*found.cc, "-c", str(source), "-o", str(object_))
 
 
-@pytest.mark.parametrize("by", ["gcc", pytest.param("zig", marks=pytest.mark.slow)])  # zig first makes the C library
+@pytest.mark.parametrize(
+    "by", ["gcc", "ld", pytest.param("zig", marks=pytest.mark.slow)]
+)  # zig first makes the C library
 @pytest.mark.parametrize("name", ["cortex-a72", "cortex-a7"])
 def test_an_artifact_of_another_machine(
     name: str, by: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -160,8 +191,10 @@ def test_an_artifact_of_another_machine(
     target = targets.load(name)
     if by == "zig":
         without_compilers(monkeypatch)
-    elif shutil.which(f"{target.gnu_triple}-gcc") is None:
-        pytest.skip(f"{target.gnu_triple}-gcc is missing")
+    elif by == "ld":
+        monkeypatch.setattr(toolchain, "_installed", lambda _: iter(()))
+    if by != "zig" and shutil.which(f"{target.gnu_triple}-{by}") is None:
+        pytest.skip(f"{target.gnu_triple}-{by} is missing")
     if by == "zig" and not HAS_ZIG:
         pytest.skip("ziglang is not installed")
     made = compile_network(small_model, tmp_path / "made", target, 1)
@@ -250,6 +283,6 @@ def test_a_program_that_hangs_is_ended(tmp_path: Path) -> None:
 def test_a_missing_emulator_skips_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     target = targets.load("cortex-a53")
     machines.need(target)
-    monkeypatch.setattr(machines.shutil, "which", lambda name: None if name.startswith("qemu") else "/bin/" + name)
+    monkeypatch.setattr(emulator.shutil, "which", lambda name: None if name.startswith("qemu") else "/bin/" + name)
     with pytest.raises(pytest.skip.Exception, match="qemu-aarch64 is missing"):
         machines.need(target)

@@ -1,0 +1,19 @@
+// Questions about strings.
+#ifndef TVM_SUPPORT_UTILS_H_
+#define TVM_SUPPORT_UTILS_H_
+
+#include <string>
+
+namespace tvm {
+namespace support {
+
+inline bool StartsWith(const std::string& text, const char* prefix) { return text.rfind(prefix, 0) == 0; }
+
+inline bool IsNumber(const std::string& text) {
+  return !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
+}
+
+}  // namespace support
+}  // namespace tvm
+
+#endif  // TVM_SUPPORT_UTILS_H_
