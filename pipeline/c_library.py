@@ -77,8 +77,8 @@ def write(
         ValueError: C has no words for a kernel, or there is no compiler for the target.
     """
     source = manifest.emit == "c-source"
-    if source:  # the intrinsics of its adder network are one CPU's
-        target = dataclasses.replace(target, byte_counter=None)
+    if source:  # the intrinsics of these are one CPU's
+        target = dataclasses.replace(target, byte_counter=None, byte_popcount=None)
     scheduled, kernels, tuned = compiler.scheduled(lowered, target, manifest.threads, records)
     llvm = target.tvm_target(manifest.threads)
     compiles_for = tvm.target.Target({"kind": "c"}) if source else llvm

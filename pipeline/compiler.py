@@ -11,7 +11,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from targets import Target
-from tvm_ops import adder_network
+from tvm_ops import adder_network, byte_sums
 from tvm_ops.schedule_cpu import schedule
 
 
@@ -39,8 +39,11 @@ def default_schedule(mod: tvm.IRModule, target: Target, threads: int) -> Any:
 def open_records(folder: Path, target: Target) -> Any:
     """MetaSchedule's database of a records folder, made if there is none."""
     file = folder / "database_tuning_record.json"
-    if target.byte_counter is not None and file.is_file():
-        adder_network.register_those_in(file.read_text(), target.byte_counter)
+    text = file.read_text() if file.is_file() else ""
+    if target.byte_counter is not None:
+        adder_network.register_those_in(text, target.byte_counter)
+    if target.byte_popcount is not None:
+        byte_sums.register_those_in(text, target.byte_popcount)
     return ms.database.JSONDatabase(work_dir=str(folder))
 
 

@@ -38,13 +38,10 @@ def ceiling_loop():
     return lambda vectors: loaded.seconds_per_vector(vectors) / loaded.vector_bits()
 
 
-def kernel(case: str, variant: str, rng: np.random.Generator):
-    """A compiled variant: its output, NumPy's, and seconds(calls) of a call."""
-    import tvm
+def convolution(case: str, variant: str, rng: np.random.Generator):
+    """A variant as a Relax module, its input, and NumPy's output."""
     from tvm import relax
 
-    import targets
-    from pipeline import compiler
     from pipeline.values import Channelwise, Emitter, Real, Signs, Sum
     from tvm_ops import bitplanes
     from tvm_ops.ops.bitserial_conv2d import Geometry
@@ -71,9 +68,6 @@ def kernel(case: str, variant: str, rng: np.random.Generator):
             sums = Channelwise(Sum(emitter, codes, signs, bitplanes.BINARY, geometry, shape), steps)
             result = emitter.builder.emit_output(sums.words() if variant == "bits_io" else sums.real())
         emitter.builder.emit_func_output(result)
-    executable, _, _ = compiler.build(compiler.lower(emitter.builder.get()), targets.host(), threads=1)
-    machine = relax.VirtualMachine(executable.jit(), tvm.cpu())
-    tensor = tvm.runtime.tensor(argument)
 
     padded = np.pad(np.where(x >= 0, 1, -1).astype(np.float32), [(0, 0), (1, 1), (1, 1), (0, 0)])
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
@@ -82,6 +76,21 @@ def kernel(case: str, variant: str, rng: np.random.Generator):
         expected = expected * step.value if step.op == "mul" else expected + step.value
     if variant == "bits_io":
         expected = bitplanes.pack(expected >= 0)[..., None, :]
+    return emitter.builder.get(), argument, expected
+
+
+def kernel(case: str, variant: str, rng: np.random.Generator):
+    """A compiled variant: its output, NumPy's, and seconds(calls) of a call."""
+    import tvm
+    from tvm import relax
+
+    import targets
+    from pipeline import compiler
+
+    mod, argument, expected = convolution(case, variant, rng)
+    executable, _, _ = compiler.build(compiler.lower(mod), targets.host(), threads=1)
+    machine = relax.VirtualMachine(executable.jit(), tvm.cpu())
+    tensor = tvm.runtime.tensor(argument)
 
     def seconds(calls: int) -> float:
         return float(machine.time_evaluator("main", tvm.cpu(), number=calls, repeat=1)(tensor).mean)

@@ -10,9 +10,20 @@ import difflib
 import pkgutil
 from importlib import import_module
 
-from targets._target import ByteCounter, Target, cores, cpu_features, cpu_name, cpu_part
+from targets._target import ByteCounter, BytePopcount, Target, cores, cpu_features, cpu_name, cpu_part
 
-__all__ = ["ByteCounter", "Target", "cores", "cpu_features", "cpu_name", "cpu_part", "host", "load", "names"]
+__all__ = [
+    "ByteCounter",
+    "BytePopcount",
+    "Target",
+    "cores",
+    "cpu_features",
+    "cpu_name",
+    "cpu_part",
+    "host",
+    "load",
+    "names",
+]
 
 
 def names() -> list[str]:

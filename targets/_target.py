@@ -37,6 +37,49 @@ class ByteCounter:
 
 
 @dataclass(frozen=True)
+class BytePopcount:
+    """A popcount of 128-bit vectors that counts bytes, and how `tvm_ops.byte_sums` adds those up.
+
+    Attributes:
+        add: LLVM's intrinsic that adds the sums of 2 or 4 neighbouring bytes to 16- or 32-bit lanes.
+        lane_bits: which of the two.
+        operands: 'sums, bytes', 'bytes' (the result is to be added) or 'sums, bytes, factors' (of products).
+        widen: that which sums neighbouring 16-bit lanes; '' where lanes have 32 bits.
+    """
+
+    name: str
+    add: str
+    lane_bits: int
+    operands: str
+    widen: str = ""
+
+    @property
+    def vector(self) -> str:
+        return f"uint{self.lane_bits}x{128 // self.lane_bits}"
+
+    @property
+    def most(self) -> int:
+        """How many vectors can be counted before a lane overflows."""
+        return ((1 << self.lane_bits) - 1) // self.lane_bits
+
+    def accumulate(self, sums: Any, octets: Any) -> Any:
+        """``sums``, a `vector`, plus the bytes of uint8x16 that stand in each lane."""
+        from tvm import tirx
+
+        if self.operands == "bytes":
+            return sums + tirx.call_llvm_pure_intrin(self.vector, self.add, octets)
+        ones = [tirx.Broadcast(tirx.const(1, "uint8"), 16)] if self.operands == "sums, bytes, factors" else []
+        return tirx.call_llvm_pure_intrin(self.vector, self.add, sums, octets, *ones)
+
+    def total(self, sums: Any) -> Any:
+        """`vector` -> int32x4."""
+        from tvm import tirx
+
+        wide = tirx.call_llvm_pure_intrin("uint32x4", self.widen, sums) if self.widen else sums
+        return tirx.reinterpret("int32x4", wide)
+
+
+@dataclass(frozen=True)
 class Target:
     """A CPU family as facts. Schedules read these fields and never the name.
 
@@ -54,6 +97,7 @@ class Target:
         tvm_runtime: whether TVM's runtime is there, and with it an operating system that loads shared libraries.
         cpu_part: 'CPU part' of /proc/cpuinfo (ARM), by which `host` tells cores with equal features apart.
         byte_counter: what to count with instead, if a vector popcount is slow.
+        byte_popcount: what to add counts with, if a vector popcount counts bytes.
     """
 
     name: str
@@ -73,6 +117,7 @@ class Target:
     tvm_runtime: bool = True
     cpu_part: str = ""
     byte_counter: ByteCounter | None = None
+    byte_popcount: BytePopcount | None = None
 
     def __post_init__(self) -> None:
         if self.vector_bits % 32 or self.vector_bits < 32:

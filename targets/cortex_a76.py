@@ -1,6 +1,6 @@
 """ARM Cortex-A76, with dot products: Raspberry Pi 5, RK3588."""
 
-from targets._target import Target
+from targets._target import BytePopcount, Target
 
 TARGET = Target(
     name="cortex-a76",
@@ -17,4 +17,10 @@ TARGET = Target(
     gnu_triple="aarch64-linux-gnu",
     zig_triple="aarch64-linux-gnu",
     cpu_part="0xd0b",
+    byte_popcount=BytePopcount(
+        name="neon_dot",
+        add="llvm.aarch64.neon.udot.v4i32.v16i8",
+        lane_bits=32,
+        operands="sums, bytes, factors",
+    ),
 )

@@ -75,10 +75,19 @@ def build(mod: tvm.IRModule, target: targets.Target, scheduled: bool = True, thr
     return tirx.build(mod, target=target.tvm_target(threads))
 
 
-def run(compute: Callable[..., Any], arrays: list[np.ndarray], scheduled: bool, **options: Any) -> np.ndarray:
-    """Built for the host and called."""
+def run(
+    compute: Callable[..., Any],
+    arrays: list[np.ndarray],
+    scheduled: bool,
+    threads: int = 1,
+    emulated: tuple[targets.Target, Path] | None = None,
+) -> np.ndarray:
+    """Built for the host and called; or for another target, and run in a folder by `machines`."""
     mod, garbage = lower(compute, arrays)
-    return call(build(mod, targets.host(), scheduled, **options), arrays, garbage)
+    if emulated is not None:
+        target, folder = emulated
+        return machines.call(target, build(mod, target, scheduled), arrays, garbage, folder)
+    return call(build(mod, targets.host(), scheduled, threads), arrays, garbage)
 
 
 def call(library: Any, arrays: list[np.ndarray], garbage: np.ndarray) -> np.ndarray:
@@ -486,3 +495,58 @@ def test_every_kernel_on_every_emulated_core(name: str, kernel: str, rng: np.ran
     machines.need(target)
     mod, garbage = lower(compute, arrays)
     np.testing.assert_array_equal(machines.call(target, build(mod, target), arrays, garbage, tmp_path), expected)
+
+
+NEON = [name for name in targets.names() if targets.load(name).byte_popcount is not None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("w", WEIGHTS)
+@pytest.mark.parametrize("a", ["1a", "ternary a", "2a"])
+def test_byte_sums_of_pairs_of_codes(a: str, w: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    """On a core and a window that are drawn: strides, dilations, rows of one pixel, tiles of one column."""
+    target = targets.load(str(rng.choice(NEON)))
+    machines.need(target)
+    geometries = [
+        Geometry((5, 8), (3, 3), (1, 1), (1, 1, 1, 1)),
+        Geometry((9, 15), (3, 3), (2, 2), (1, 1, 1, 1)),
+        Geometry((7, 8), (3, 2), (1, 1), (2, 0, 2, 2), (2, 2)),
+        Geometry((6, 7), (1, 1), (1, 2)),
+        Geometry((7, 1), (5, 1), (1, 1), (2, 0, 2, 0)),
+    ]
+    geometry = geometries[int(rng.integers(len(geometries)))]
+    batch, channels, filters = int(rng.integers(1, 3)), int(rng.integers(1, 100)), 4 * int(rng.integers(1, 13))
+    print(target.name, geometry, batch, channels, filters)
+    x = drawn(rng, CODES[a], batch, *geometry.image, channels)
+    weight = drawn(rng, CODES[w], filters, channels, *geometry.kernel)
+    product = Product(geometry, CODES[a], CODES[w])
+    steps = transform(rng, filters, 20.0 * CODES[a].largest * CODES[w].largest)
+    to = str(rng.choice(["floats", "bits"]))
+    check_convolution(x, weight, product, steps, to, scheduled=True, emulated=(target, tmp_path))
+
+
+@pytest.mark.parametrize("channels", [3072, 5248])
+@pytest.mark.parametrize("name", ["cortex-a72", "cortex-a76", "cortex-a7"])
+def test_byte_sums_beyond_16_bits(name: str, channels: int, rng: np.random.Generator, tmp_path: Path) -> None:
+    """5x5 taps that all differ: 76,800 bits; and 131,200, of which a lane of 16 bits would have to hold 65,600."""
+    target = targets.load(name)
+    machines.need(target)
+    geometry = Geometry((5, 6), (5, 5))
+    x, weight = signs(rng, 1, 5, 6, channels), signs(rng, 8, channels, 5, 5)
+    weight[0] = -x[0, :, :5].transpose(2, 0, 1)
+    assert convolution(x, weight, geometry)[0, 0, 0, 0] == -25 * channels
+    check_convolution(x, weight, Product(geometry), [], "floats", scheduled=True, emulated=(target, tmp_path))
+
+
+@pytest.mark.parametrize("kernel", ["bitserial_conv2d", "bitserial_conv2d_bits"])
+@pytest.mark.parametrize("name", ["cortex-a53", "cortex-a7"])
+def test_schedules_drawn_for_an_emulated_core(name: str, kernel: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    compute, arrays, expected = kernels(rng)[kernel]
+    target = targets.load(name)
+    machines.need(target)
+    mod, garbage = lower(compute, arrays)
+    sch = Schedule(mod, seed=int(rng.integers(1, 1 << 30)))
+    schedule_cpu.schedule(sch, target, 1, sample=True)
+    print(sch.trace)
+    library = build(sch.mod, target, scheduled=False)
+    np.testing.assert_array_equal(machines.call(target, library, arrays, garbage, tmp_path), expected)

@@ -40,13 +40,15 @@ class Window:
         return f"popcounts_{self.height}x{self.width}x{self.words}_{dy}_{dx}_{meeting}"
 
 
-def window(kernel: tuple[int, int], words: int, dilations: tuple[int, int], planes: Planes) -> Window | None:
-    """The largest window of whole kernel rows that bytes can count; None for a row of more than 31 taps, or for more
+def window(
+    kernel: tuple[int, int], words: int, dilations: tuple[int, int], planes: Planes, most: int = MOST_WORDS
+) -> Window | None:
+    """The largest window of whole kernel rows of at most ``most`` words; None for a longer row of taps, or for more
     planes than are worth it."""
-    height, width = kernel if kernel[0] * kernel[1] <= MOST_WORDS else (1, kernel[1])
-    if width > MOST_WORDS or planes.x * planes.w > _MOST_NETWORKS:
+    height, width = kernel if kernel[0] * kernel[1] <= most else (1, kernel[1])
+    if width > most or planes.x * planes.w > _MOST_NETWORKS:
         return None
-    deep = max(d for d in range(1, words + 1) if words % d == 0 and (d == 1 or d * height * width <= MOST_WORDS))
+    deep = max(d for d in range(1, words + 1) if words % d == 0 and (d == 1 or d * height * width <= most))
     return Window(height, width, deep, dilations, planes)
 
 

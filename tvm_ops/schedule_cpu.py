@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from targets import ByteCounter, Target
-from tvm_ops import adder_network
+from targets import ByteCounter, BytePopcount, Target
+from tvm_ops import adder_network, byte_sums
 from tvm_ops.bitplanes import WORD_BITS
 from tvm_ops.ops import bitpack, bitserial_conv2d, bitweight_conv2d
 
@@ -23,6 +23,9 @@ _DATA_PARALLEL, _REDUCTION = 0, 2
 _MIN_PARALLEL_STEPS = 16384
 # From so many pixels on, a tile of packed weights is better unpacked to cache than in registers again and again.
 _MANY_PIXELS = 32
+# Registers that a tile of `byte_sums` may have for sums and for what it loads, of all that there are. With more of 32,
+# LLVM spills; with more of 16, it makes one sum after the other and the Cortex-A9's model stalls (November 2026).
+_BYTE_REGISTERS = {32: 24, 16: 6}
 
 
 def schedule(sch: Any, target: Target, threads: int, sample: bool = False) -> None:
@@ -130,6 +133,15 @@ def _tile(columns: int, channels: int, unit: int, target: Target) -> tuple[int, 
     return max(fitting, key=lambda t: (t[0] * vectors[t[1]] / (t[0] + vectors[t[1]]), t[1]))
 
 
+def _byte_tile(columns: int, channels: int, target: Target) -> tuple[int, int]:
+    """Columns and channels of a tile of `byte_sums`: the one with most operations per load that fits."""
+    vectors = channels // byte_sums.LANES
+    tiles = [(_largest_divisor(columns, c), _largest_divisor(vectors, v)) for c in range(1, 17) for v in (1, 2, 4, 8)]
+    fitting = [(c, v) for c, v in tiles if c * v + c + v <= _BYTE_REGISTERS[target.registers]]
+    c, v = max(fitting, key=lambda tile: (tile[0] * tile[1] / sum(tile), tile[1]))
+    return c, v * byte_sums.LANES
+
+
 def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sample: bool) -> None:
     consumers = sch.get_consumers(main)
     sums = _sums(sch, main)
@@ -148,7 +160,16 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
 
     *outer, channel = sch.get_loops(writer)
     *extents, words = _extents(sch, [*outer, channel])
-    wide, lanes = _tile(next((e for e in reversed(extents) if e > 1), 1), words * unit, whole, target)
+    popcount, counter = target.byte_popcount, target.byte_counter
+    in_bytes = popcount and _window(sch, main, sums[-1], byte_sums.LANES, popcount.most)
+    if in_bytes:
+        _spread(sch, main, threads)
+    columns = next((e for e in reversed(extents) if e > 1), 1)
+    if in_bytes:
+        wide, lanes = _byte_tile(columns, words * unit, target)
+        lanes = max(lanes, whole)
+    else:
+        wide, lanes = _tile(columns, words * unit, whole, target)
     inner = [_inner_channels(sch, channel, target, unit, whole, lanes, sample)]
     for axis, limit, size in zip(_last_axes(extents), (16, 4), (wide, 1), strict=False):
         factors = sch.sample_perfect_tile(outer[axis], 2, limit) if sample else [None, size]
@@ -172,9 +193,12 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
 
     spatial, reduction = _own_loops(sch, main)
     _share(sch, shared, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
-    window = _window(sch, main, target, lanes)
-    if window is not None and target.byte_counter is not None:
-        _count_bytes(sch, main, spatial, reduction, window, target.byte_counter)
+    network = counter and _window(sch, main, lanes, counter.lanes, adder_network.MOST_WORDS)
+    if popcount and in_bytes:
+        _sum_bytes(sch, main, spatial, reduction, in_bytes, popcount, target)
+        spatial = []
+    elif counter and network:
+        _count_bytes(sch, main, spatial, reduction, network, counter)
         spatial = []  # left as loops: a network is long enough, and four of them miss the instruction cache
     else:
         if unpacks:  # a vector tests the bits of one word
@@ -229,16 +253,17 @@ def _own_loops(sch: Any, block: Any) -> tuple[list[Any], list[Any]]:
     return spatial, [loop for loop, v in made if v.iter_type == _REDUCTION]
 
 
-def _window(sch: Any, main: Any, target: Target, lanes: int) -> adder_network.Window | None:
-    """The window of a bit-serial sum that the target counts by adders; None where it does not, or for odd channels."""
-    block, counter = sch.get(main), target.byte_counter
-    if counter is None or block.name_hint != bitserial_conv2d.BLOCK or lanes % counter.lanes:
+def _window(sch: Any, main: Any, channels: int, lanes: int, most: int) -> adder_network.Window | None:
+    """The window of a bit-serial sum, ``most`` words at most, that an intrinsic counts for whole vectors of
+    ``lanes`` channels; None for what no intrinsic counts."""
+    block = sch.get(main)
+    if block.name_hint != bitserial_conv2d.BLOCK or channels % lanes:
         return None
     kh, kw, words = _reductions(sch, main)
     dy, dx = (int(d) for d in block.annotations["dilations"])
     x, w, x_masked, w_masked = (int(p) for p in block.annotations["planes"])
     planes = bitserial_conv2d.Planes(x, w, bool(x_masked), bool(w_masked))
-    return adder_network.window((kh, kw), words, (dy, dx), planes)
+    return adder_network.window((kh, kw), words, (dy, dx), planes, most)
 
 
 def _count_bytes(
@@ -253,6 +278,50 @@ def _count_bytes(
     initial = sch.decompose_reduction(main, rows)
     sch.vectorize(sch.get_loops(initial)[-1])
     sch.tensorize(ry, adder_network.intrinsic(counter, window))
+
+
+def _spread(sch: Any, main: Any, threads: int) -> None:
+    """Give a bit-serial sum a copy of its activations with every word in all lanes of a vector."""
+    from tvm import tirx
+
+    copy = sch.cache_read(main, 0, "global")
+    sch.transform_layout(copy, ("write", 0), lambda *at: [*at, tirx.const(0, "int32")])
+    *outer, word = sch.get_loops(copy)
+    word, one = sch.split(word, [None, 1])
+    sch.tensorize(one, byte_sums.spread())
+    (tensorized,) = sch.get_child_blocks(word)
+    sch.storage_align(tensorized, 0, axis=4, factor=byte_sums.LANES, offset=0)  # memory for the vectors
+    _share(sch, outer, _product(_extents(sch, [*outer, word])), threads)
+
+
+def _sum_bytes(
+    sch: Any,
+    main: Any,
+    spatial: list[Any],
+    reduction: list[Any],
+    window: adder_network.Window,
+    popcount: BytePopcount,
+    target: Target,
+) -> None:
+    """A register tile of pixels and vectors of filters at a time, a window of words each."""
+    *pixels, column, filters = spatial
+    width, channels = _extents(sch, [column, filters])
+    columns, lanes = _byte_tile(width, channels, target)
+    column, columns_inside = sch.split(column, [None, columns])
+    filters, lane = sch.split(filters, [None, lanes])
+    ry, rx, rk = reduction
+    rows, ry = sch.split(ry, [None, window.height])
+    words, rk = sch.split(rk, [None, window.words])
+    sch.reorder(*pixels, column, filters, rows, words, columns_inside, ry, rx, rk, lane)
+    initial = sch.decompose_reduction(main, rows)
+    *_, pixel, filter_ = sch.get_loops(initial)
+    vector, lane = sch.split(filter_, [None, byte_sums.LANES])
+    sch.unroll(pixel)
+    sch.unroll(vector)
+    sch.vectorize(lane)
+    stride = int(sch.get(main).annotations["strides"][1])
+    tile = byte_sums.Tile(window, columns, stride, lanes // byte_sums.LANES)
+    sch.tensorize(columns_inside, byte_sums.intrinsic(popcount, tile))
 
 
 def _last_axes(extents: list[int]) -> list[int]:

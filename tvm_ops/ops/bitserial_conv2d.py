@@ -105,6 +105,12 @@ class Planes:
         """Planes in memory."""
         return self.x + self.x_masked, self.w + self.w_masked
 
+    @property
+    def factors(self) -> list[int]:
+        """Those of `terms`."""
+        both = self.x_masked and self.w_masked
+        return [*(1 << (i + j + both) for i in range(self.x) for j in range(self.w)), *([-1] if both else [])]
+
     def terms(self, x: Callable[[int], Any], w: Callable[[int], Any]) -> list[tuple[int, Any]]:
         """What S sums for a word: [(factor, word whose ones count)]; x(i) and w(j) are the words of a plane."""
         masks = ([x(self.x)] if self.x_masked else []) + ([w(self.w)] if self.w_masked else [])
@@ -239,6 +245,7 @@ def popcounts(x: Any, weight: Any, product: Product) -> Any:
 
     attributes = {
         "dilations": list(geometry.dilations),
+        "strides": list(geometry.strides),
         "planes": [planes.x, planes.w, int(planes.x_masked), int(planes.w_masked)],
     }
     return te.compute((x.shape[0], *geometry.output, filters), differing, name=BLOCK, attrs=attributes)

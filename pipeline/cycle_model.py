@@ -1,0 +1,158 @@
+"""How many cycles a core would take, by LLVM's model of it: blocks counted under QEMU, each timed by llvm-mca.
+
+Emulated time says nothing about a core, and no board is needed for this: QEMU logs which blocks of the kernels ran how
+often, exactly, and llvm-mca gives the cycles of each block, run again and again, in the scheduling model that LLVM has
+of the core. The model knows the issue width, the pipes and the latencies, and no caches, memory or branch prediction.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from targets import Target
+
+MODELS = {"cortex-a53": "cortex-a53", "cortex-a72": "cortex-a72", "cortex-a76": "neoverse-n1", "cortex-a7": "cortex-a9"}
+"""The model that stands for a target: LLVM has none of the A76 and the A7. That of the A72 is the A57's."""
+
+_EMULATORS = {"aarch64": "qemu-aarch64", "armv7l": "qemu-arm"}
+_LLVM = 22
+_ITERATIONS = 100
+_INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(\S.*?)\s*(?://.*|@.*)?$")
+_BRANCH = re.compile(r"(b|bl|bx|blx|br|blr|ret|cbn?z|tbn?z|b\.?(eq|ne|hs|lo|mi|pl|vs|vc|hi|ls|ge|lt|gt|le|cs|cc|al))$")
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a function executed: instructions, and the cycles that the model gives them."""
+
+    instructions: int
+    cycles: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """Instructions that always run together, and how often they did."""
+
+    runs: int
+    lines: tuple[str, ...]
+
+
+def tools(target: Target) -> tuple[str, str, str]:
+    """The emulator, llvm-objdump and llvm-mca.
+
+    Raises:
+        ValueError: one is missing, or LLVM has no model for the target.
+    """
+    if target.name not in MODELS:
+        raise ValueError(f"LLVM has no model of {target.name} here: choose one of {', '.join(MODELS)}")
+    names = (_EMULATORS[target.machine], f"llvm-objdump-{_LLVM}", f"llvm-mca-{_LLVM}")
+    for name, package in zip(names, ("qemu-user", f"llvm-{_LLVM}", f"llvm-{_LLVM}"), strict=True):
+        if shutil.which(name) is None:
+            raise ValueError(f"{name} is missing: apt-get install {package}, or `scripts/setup cross` as root")
+    return names
+
+
+def count(target: Target, program: Path, arguments: Sequence[str], functions: Sequence[str]) -> dict[str, Count]:
+    """Run a static program under QEMU and model what its ``functions`` did.
+
+    Raises:
+        ValueError: a tool is missing.
+        subprocess.CalledProcessError: a tool or the program failed.
+    """
+    return {
+        name: Count(sum(b.runs * len(b.lines) for b in found), sum(b.runs * cycles(target, b.lines) for b in found))
+        for name, found in blocks(target, program, arguments, functions).items()
+    }
+
+
+def blocks(target: Target, program: Path, arguments: Sequence[str], functions: Sequence[str]) -> dict[str, list[Block]]:
+    """The blocks of each function that ran. Raises as `count`."""
+    emulator, objdump, _ = tools(target)
+    listing = _output(objdump, "-d", "--no-show-raw-insn", f"--disassemble-symbols={','.join(functions)}", str(program))
+    code: dict[str, dict[int, str]] = {}
+    for line in listing.splitlines():
+        if header := re.match(r"[0-9a-f]+ <(.*)>:", line):
+            code[header[1]] = {}
+        elif found := _INSTRUCTION.match(line):
+            code[list(code)[-1]][int(found[1], 16)] = found[2]
+    executed = _executed(emulator, target, program, arguments, [a for lines in code.values() for a in lines])
+    return {name: _blocks(lines, executed) for name, lines in code.items()}
+
+
+def cycles(target: Target, lines: Sequence[str]) -> float:
+    """Of one run of a block among many, by llvm-mca."""
+    _, _, mca = tools(target)
+    dialect = ".syntax unified\n.fpu neon-vfpv4\n" if target.machine == "armv7l" else ".arch_extension dotprod\n"
+    plain = "\n".join(re.sub(r"#?0x[0-9a-f]+ <.*>", "somewhere", line) for line in lines)
+    switches = (f"-iterations={_ITERATIONS}", "-noalias", "-skip-unsupported-instructions=lack-sched")
+    command = (mca, f"-mtriple={target.triple}", f"-mcpu={MODELS[target.name]}", *switches)
+    done = subprocess.run(command, input=f"{dialect}{plain}\n", capture_output=True, text=True, check=False)
+    if done.returncode < 0 and len(lines) > 1:  # with the A9's model, llvm-mca 22 crashes on some blocks
+        half = len(lines) // 2
+        return cycles(target, lines[:half]) + cycles(target, lines[half:])
+    done.check_returncode()
+    found = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
+    assert found, done.stdout
+    return int(found[1]) / _ITERATIONS
+
+
+def _executed(
+    emulator: str, target: Target, program: Path, arguments: Sequence[str], addresses: Sequence[int]
+) -> Counter[int]:
+    """How often each instruction ran. QEMU logs what it translates and every run of a translation."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        kernels = f"{min(addresses):#x}..{max(addresses):#x}"
+        switches = ["-d", "in_asm,exec,nochain", "-D", str(log), "-dfilter", kernels]
+        _output(emulator, "-cpu", target.cpu, *switches, str(program), *arguments)
+        translated: dict[int, list[int]] = {}
+        runs: Counter[int] = Counter()
+        first = 0
+        for line in log.read_text().splitlines():
+            if line.startswith("Trace"):
+                runs[int(line.split("[")[1].split("/")[1], 16)] += 1
+            elif line.startswith("IN:"):
+                first = 0
+            elif line.startswith("0x"):
+                address = int(line.split(":")[0], 16)
+                first = first or address
+                if first == address:
+                    translated[first] = []
+                translated[first].append(address)
+    executed: Counter[int] = Counter()
+    for first, times in runs.items():
+        for address in translated[first]:
+            executed[address] += times
+    return executed
+
+
+def _blocks(lines: dict[int, str], executed: Counter[int]) -> list[Block]:
+    found: list[Block] = []
+    current: list[str] = []
+    runs = 0
+
+    def close() -> None:
+        if current and runs:
+            found.append(Block(runs, tuple(current)))
+        current.clear()
+
+    for address, line in lines.items():
+        if executed[address] != runs:
+            close()
+            runs = executed[address]
+        current.append(line)
+        if _BRANCH.match(line.split()[0]):
+            close()
+    close()
+    return found
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
