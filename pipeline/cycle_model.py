@@ -24,6 +24,7 @@ MODELS = {"cortex-a53": "cortex-a53", "cortex-a72": "cortex-a72", "cortex-a76": 
 _EMULATORS = {"aarch64": "qemu-aarch64", "armv7l": "qemu-arm"}
 _LLVM = 22
 _ITERATIONS = 100
+_FUNCTION = re.compile(r"^([0-9a-f]+) .* F \S+\s+([0-9a-f]+) (?:\.hidden )?(\S+)$", re.M)
 _INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(\S.*?)\s*(?://.*|@.*)?$")
 _BRANCH = re.compile(r"(b|bl|bx|blx|br|blr|ret|cbn?z|tbn?z|b\.?(eq|ne|hs|lo|mi|pl|vs|vc|hi|ls|ge|lt|gt|le|cs|cc|al))$")
 
@@ -75,13 +76,12 @@ def count(target: Target, program: Path, arguments: Sequence[str], functions: Se
 def blocks(target: Target, program: Path, arguments: Sequence[str], functions: Sequence[str]) -> dict[str, list[Block]]:
     """The blocks of each function that ran. Raises as `count`."""
     emulator, objdump, _ = tools(target)
-    listing = _output(objdump, "-d", "--no-show-raw-insn", f"--disassemble-symbols={','.join(functions)}", str(program))
     code: dict[str, dict[int, str]] = {}
-    for line in listing.splitlines():
-        if header := re.match(r"[0-9a-f]+ <(.*)>:", line):
-            code[header[1]] = {}
-        elif found := _INSTRUCTION.match(line):
-            code[list(code)[-1]][int(found[1], 16)] = found[2]
+    for first, size, name in _FUNCTION.findall(_output(objdump, "-t", str(program))):
+        if name in functions:  # by address: a listing by name ends where constants stand in the code
+            span = (f"--start-address=0x{first}", f"--stop-address={int(first, 16) + int(size, 16):#x}")
+            listing = _output(objdump, "-d", "--no-show-raw-insn", *span, str(program)).splitlines()
+            code[name] = {int(found[1], 16): found[2] for found in map(_INSTRUCTION.match, listing) if found}
     executed = _executed(emulator, target, program, arguments, [a for lines in code.values() for a in lines])
     return {name: _blocks(lines, executed) for name, lines in code.items()}
 

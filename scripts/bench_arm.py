@@ -110,7 +110,7 @@ def measure(core: str, case: str, variant: str, rng: np.random.Generator) -> dic
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Floats in and out only: two minutes.")] = False,
+    quick: Annotated[bool, typer.Option(help="Floats in and out only: about a minute.")] = False,
     core: Annotated[list[str] | None, typer.Option(help="A core; again for more. Without: all.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the counts there.")] = None,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,

@@ -11,7 +11,7 @@ TARGET = Target(
     features=frozenset({"idiva", "idivt", "neon", "vfpv4"}),
     vector_bits=128,
     registers=16,
-    popcount="vcnt, vpaddl",
+    popcount="vcnt, vpadal",
     source="ARM DDI 0464, Cortex-A7 TRM; ARM DDI 0406, Armv7-A ARM, A2.7 (NEON flushes subnormals)",
     cflags=("-mcpu=cortex-a7", "-mfpu=neon-vfpv4", "-mfloat-abi=hard"),
     gnu_triple="arm-linux-gnueabihf",

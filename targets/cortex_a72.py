@@ -11,7 +11,7 @@ TARGET = Target(
     features=frozenset({"asimd"}),
     vector_bits=128,
     registers=32,
-    popcount="cnt, uaddlp, uadalp",
+    popcount="cnt, uadalp",
     source="ARM 100095, Cortex-A72 TRM; Linux arch/arm64/include/asm/cputype.h",
     cflags=("-mcpu=cortex-a72",),
     gnu_triple="aarch64-linux-gnu",

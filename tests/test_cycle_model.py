@@ -11,16 +11,20 @@ import pytest
 import targets
 from pipeline import cycle_model, toolchain
 
-# f(n): a loop of three instructions, one of which skips the fourth every second time.
+# f(n): a loop, an instruction of which runs every second time, then a constant amid the code.
 CODE = {
     "aarch64": """
     .globl f
+    .type f, %function
     f:  mov w1, #0
     1:  tbz w0, #0, 2f
         add w1, w1, #1
     2:  subs w0, w0, #1
         b.ne 1b
-        ret
+        b 3f
+        .word 0
+    3:  ret
+        .size f, . - f
     """,
     "armv7l": """
     .syntax unified
@@ -33,7 +37,10 @@ CODE = {
         add r1, r1, #1
     2:  subs r0, r0, #1
         bne 1b
-        bx lr
+        b 3f
+        .word 0
+    3:  bx lr
+        .size f, . - f
     """,
 }
 MAIN = "#include <stdlib.h>\nint f(int);\nint main(int count, char **words) { f(atoi(words[1])); return 0; }\n"
@@ -54,7 +61,7 @@ def test_instructions_are_counted_exactly(name: str, rng: np.random.Generator, t
     times = int(rng.integers(1000, 100_000))
     count = cycle_model.count(target, program, [str(times)], ["f"])["f"]
     always = 3 if target.machine == "aarch64" else 4
-    assert count.instructions == 2 + always * times + (times + 1) // 2
+    assert count.instructions == 3 + always * times + (times + 1) // 2
     assert count.instructions / 4 < count.cycles < count.instructions * 2
 
 
