@@ -49,14 +49,17 @@ class Session:
     Sessions of one artifact in several threads share the library's code and constants, and run at the same time.
     Inputs are copied, so they may lie anywhere in memory and have any strides.
 
+    Args:
+        manifest: of the folder, if it has been read.
+
     Raises:
         ValueError: no intact artifact, or this CPU cannot run it.
         RuntimeError: a method called while another thread is in one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, manifest: artifact.Manifest | None = None) -> None:
         self.folder = folder
-        self.manifest = artifact.read(folder)
+        self.manifest = manifest or artifact.read(folder)
         self._lock = threading.Lock()
         self._load()
 
@@ -152,7 +155,8 @@ def open_session(folder: Path) -> Session:
     """
     from pipeline.library_session import LibrarySession
 
-    return Session(folder) if artifact.read(folder).emit == "vm" else LibrarySession(folder)
+    manifest = artifact.read(folder)
+    return (Session if manifest.emit == "vm" else LibrarySession)(folder, manifest)
 
 
 @dataclass(frozen=True)
