@@ -8,7 +8,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -274,14 +274,15 @@ def verify(
     """
     from pipeline import session
 
-    board = _board(rpc, key)
-    loaded = board.open(folder) if board else session.open_session(folder)
-    verdict = session.verify(loaded)
-    summary: dict[str, Any] = {**dataclasses.asdict(verdict), "passed": verdict.passed}
-    if board is not None:
-        summary |= {"board": str(board), "emulated": board.emulated}
+    with _board(rpc, key) as board:
+        loaded = board.open(folder) if board else session.open_session(folder)
+        verdict = session.verify(loaded)
+        summary: dict[str, Any] = {**dataclasses.asdict(verdict), "passed": verdict.passed}
+        if board is not None:
+            summary |= {"board": str(board), "emulated": board.emulated}
+        if data is not None:
+            summary["accuracy"] = _compiled_accuracy(loaded, data, path)
     if data is not None:
-        summary["accuracy"] = _compiled_accuracy(loaded, data, path)
         (folder.parent / f"{folder.name}.verify.json").write_text(json.dumps(summary) + "\n")
     if as_json:
         _print_json(summary)
@@ -302,11 +303,17 @@ def _board_address(rpc: str | None, key: str | None) -> tuple[str, str] | None:
     return None
 
 
-def _board(rpc: str | None, key: str | None) -> Board | None:
+@contextmanager
+def _board(rpc: str | None, key: str | None) -> Iterator[Board | None]:
+    """The board of an address, for as long as it is needed: until it is given back, nobody else gets it."""
     from pipeline.remote import Board
 
     address = _board_address(rpc, key)
-    return Board(*address) if address else None
+    if address is None:
+        yield None
+        return
+    with closing(Board(*address)) as board:
+        yield board
 
 
 def _compiled_accuracy(loaded: Session, name: str, path: Path | None) -> float:
@@ -345,10 +352,9 @@ def bench(
     from pipeline import artifact, session
     from pipeline import bench as benching
 
-    board = _board(rpc, key)
-    if board is not None and profile:
-        raise ValueError(f"--profile does not reach {board}: kernels are timed by a callback; profile on the board")
-    with _progress("timing") as advance:
+    with _board(rpc, key) as board, _progress("timing") as advance:
+        if board is not None and profile:
+            raise ValueError(f"--profile does not reach {board}: kernels are timed by a callback; profile on the board")
         result = benching.bench(
             folders, onnx, threads, rounds, lambda done, total: advance(done, total, "rounds"), board
         )
