@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import jinja2
 import tvm
-from tvm import tirx
 
 from pipeline import c_names, c_source, compiler, program, toolchain, workspace
 from pipeline.artifact import CLibrary, Manifest
@@ -93,8 +92,7 @@ def write(
         constant_bytes=sum(constant.bytes for constant in made.constants),
         toolchain=tools.name if tools else "",
     )
-    parts = [part for kernel in made.kernels for part in kernel.parts]
-    module = tirx.transform.LowerIntrin()(tvm.IRModule({part.symbol: part.function for part in parts}))
+    parts, module = made.parts, made.module()
     if source:
         text = "\n\n".join(c_source.define(module[part.symbol]) for part in parts)
         constants = "\n\n".join(_array(tensor) for tensor in made.constants)

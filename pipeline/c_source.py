@@ -6,6 +6,7 @@ calls of its runtime. A vector becomes a loop over its lanes, which compilers tu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ import tvm_ffi
 from tvm import tirx
 from tvm.ir import PointerType
 from tvm.target.codegen import llvm_get_intrinsic_name
+
+from pipeline.kernel import scalar
 
 _LANE = "lane"
 _TYPES = {"float32": "float", "float64": "double", "bool": "bool"}
@@ -114,8 +117,7 @@ class _Printer:
             name = self.name(parameter)
             if isinstance(parameter.ty, PointerType):
                 const = "" if parameter in self.written else "const "
-                element = tvm.DataType(str(parameter.ty.element_type.dtype)).with_lanes(1)
-                found.append(f"{const}{type_name(str(element))} *restrict {name}")
+                found.append(f"{const}{self.pointee(parameter)} *restrict {name}")
             else:
                 found.append(f"{type_name(str(parameter.ty.dtype))} {name}")
         return found
@@ -202,9 +204,7 @@ class _Printer:
 
     def _allocbuffer(self, s: Any) -> None:
         dtype = self.element(s.buffer)
-        size = self.elements[s.buffer]
-        for extent in s.buffer.ty.shape:
-            size *= int(extent)
+        size = self.elements[s.buffer] * math.prod(map(int, s.buffer.ty.shape))
         # GCC does not see that the first step of a sum fills it, and warns.
         initial = " = {0}" if size == 1 else ""
         self.line(f"{type_name(dtype)} {self.name(s.buffer)}[{size}]{initial};")
@@ -259,7 +259,7 @@ class _Printer:
     def pointee(self, pointer: Any) -> str:
         """What a buffer or a parameter points to."""
         dtype = pointer.ty.element_type.dtype if isinstance(pointer.ty, PointerType) else pointer.ty.dtype
-        return type_name(str(tvm.DataType(str(dtype)).with_lanes(1)))
+        return type_name(scalar(dtype))
 
     def element_of(self, buffer: Any, indices: Any) -> str:
         (index,) = indices
@@ -275,7 +275,7 @@ class _Printer:
     def value(self, e: Any) -> str:
         kind = type(e).__name__
         if kind in _INFIX:
-            left, right, dtype = self.value(e.a), self.value(e.b), str(tvm.DataType(str(e.ty.dtype)).with_lanes(1))
+            left, right, dtype = self.value(e.a), self.value(e.b), scalar(e.ty.dtype)
             unsigned = (kind, dtype) == ("Mul", "uint16") or (kind == "LShift" and dtype.startswith("int"))
             if unsigned:  # int would overflow
                 left = f"({type_name('uint64' if dtype == 'int64' else 'uint32')}){left}"
@@ -300,7 +300,7 @@ class _Printer:
         return f"!{self.value(e.a)}"
 
     def _value_bitwisenot(self, e: Any) -> str:
-        dtype = str(tvm.DataType(str(e.ty.dtype)).with_lanes(1))
+        dtype = scalar(e.ty.dtype)
         if dtype == "bool":
             return f"!{self.value(e.a)}"
         return f"({type_name(dtype)})~{self.value(e.a)}" if dtype in _NARROW else f"~{self.value(e.a)}"
@@ -312,14 +312,13 @@ class _Printer:
         return self.choice(e, "max")
 
     def choice(self, e: Any, which: str) -> str:
-        dtype = tvm.DataType(str(e.ty.dtype)).with_lanes(1)
-        return f"crossbit_{which}_{dtype}({self.value(e.a)}, {self.value(e.b)})"
+        return f"crossbit_{which}_{scalar(e.ty.dtype)}({self.value(e.a)}, {self.value(e.b)})"
 
     def _value_select(self, e: Any) -> str:
         return f"({self.value(e.condition)} ? {self.value(e.true_value)} : {self.value(e.false_value)})"
 
     def _value_cast(self, e: Any) -> str:
-        return f"({type_name(str(tvm.DataType(str(e.ty.dtype)).with_lanes(1)))}){self.value(e.value)}"
+        return f"({type_name(scalar(e.ty.dtype))}){self.value(e.value)}"
 
     def _value_broadcast(self, e: Any) -> str:
         return self.value(e.value)
@@ -335,21 +334,20 @@ class _Printer:
         return self.element_of(e.source, e.indices)
 
     def _value_call(self, e: Any) -> str:
-        op, dtype = _op(e), tvm.DataType(str(e.ty.dtype))
-        scalar = str(dtype.with_lanes(1))
+        op, dtype, kind = _op(e), tvm.DataType(str(e.ty.dtype)), scalar(e.ty.dtype)
         if op.endswith("if_then_else"):
             return "({} ? {} : {})".format(*map(self.value, e.args))
         if op == "tirx.popcount" and dtype.bits <= 32:
             word = self.value(e.args[0])
-            word = f"(u{type_name(scalar)}){word}" if scalar in ("int8", "int16") else _bare(word)
-            return f"({type_name(scalar)})crossbit_popcount({word})"
-        if op == "tirx.reinterpret" and str(e.args[0].ty.dtype.with_lanes(1)) == scalar:
+            word = f"(u{type_name(kind)}){word}" if kind in ("int8", "int16") else _bare(word)
+            return f"({type_name(kind)})crossbit_popcount({word})"
+        if op == "tirx.reinterpret" and scalar(e.args[0].ty.dtype) == kind:
             return self.value(e.args[0])  # only names the vector that it is, see `bitpack.as_vector`
         if op == "tirx.call_llvm_pure_intrin":
             return self.intrinsic(e)
-        suffix, external = "f" if scalar == "float32" else "", op in ("tirx.call_pure_extern", "tirx.call_extern")
+        suffix, external = "f" if kind == "float32" else "", op in ("tirx.call_pure_extern", "tirx.call_extern")
         name = str(e.args[0].value) if external else op.rsplit(".", 1)[-1] + suffix
-        if _MATH.fullmatch(name.removesuffix(suffix)) and scalar in ("float32", "float64"):
+        if _MATH.fullmatch(name.removesuffix(suffix)) and kind in ("float32", "float64"):
             return f"{name}({', '.join(map(self.value, e.args[external:]))})"
         raise ValueError(f"{name if external else op} cannot be written in C99: compile with --emit c-lib")
 

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import emulator
 from targets import Target
 
 MODELS = {"cortex-a53": "cortex-a53", "cortex-a72": "cortex-a72", "cortex-a76": "neoverse-n1", "cortex-a7": "cortex-a9"}
 """The model that stands for a target: LLVM has none of the A76 and the A7. That of the A72 is the A57's."""
 
-_EMULATORS = {"aarch64": "qemu-aarch64", "armv7l": "qemu-arm"}
 _LLVM = 22
 _ITERATIONS = 100
 _FUNCTION = re.compile(r"^([0-9a-f]+) .* F \S+\s+([0-9a-f]+) (?:\.hidden )?(\S+)$", re.M)
@@ -45,19 +45,19 @@ class Block:
     lines: tuple[str, ...]
 
 
-def tools(target: Target) -> tuple[str, str, str]:
-    """The emulator, llvm-objdump and llvm-mca.
+def tools(target: Target) -> tuple[list[str], str, str]:
+    """The emulator's command, llvm-objdump and llvm-mca.
 
     Raises:
         ValueError: one is missing, or LLVM has no model for the target.
     """
     if target.name not in MODELS:
         raise ValueError(f"LLVM has no model of {target.name} here: choose one of {', '.join(MODELS)}")
-    names = (_EMULATORS[target.machine], f"llvm-objdump-{_LLVM}", f"llvm-mca-{_LLVM}")
-    for name, package in zip(names, ("qemu-user", f"llvm-{_LLVM}", f"llvm-{_LLVM}"), strict=True):
+    names = (f"llvm-objdump-{_LLVM}", f"llvm-mca-{_LLVM}")
+    for name in names:
         if shutil.which(name) is None:
-            raise ValueError(f"{name} is missing: apt-get install {package}, or `scripts/setup cross` as root")
-    return names
+            raise ValueError(f"{name} is missing: apt-get install llvm-{_LLVM}, or `scripts/setup cross` as root")
+    return emulator.command(target), *names
 
 
 def count(target: Target, program: Path, arguments: Sequence[str], functions: Sequence[str]) -> dict[str, Count]:
@@ -75,14 +75,14 @@ def count(target: Target, program: Path, arguments: Sequence[str], functions: Se
 
 def blocks(target: Target, program: Path, arguments: Sequence[str], functions: Sequence[str]) -> dict[str, list[Block]]:
     """The blocks of each function that ran. Raises as `count`."""
-    emulator, objdump, _ = tools(target)
+    qemu, objdump, _ = tools(target)
     code: dict[str, dict[int, str]] = {}
     for first, size, name in _FUNCTION.findall(_output(objdump, "-t", str(program))):
         if name in functions:  # by address: a listing by name ends where constants stand in the code
             span = (f"--start-address=0x{first}", f"--stop-address={int(first, 16) + int(size, 16):#x}")
             listing = _output(objdump, "-d", "--no-show-raw-insn", *span, str(program)).splitlines()
             code[name] = {int(found[1], 16): found[2] for found in map(_INSTRUCTION.match, listing) if found}
-    executed = _executed(emulator, target, program, arguments, [a for lines in code.values() for a in lines])
+    executed = _executed(qemu, program, arguments, [a for lines in code.values() for a in lines])
     return {name: _blocks(lines, executed) for name, lines in code.items()}
 
 
@@ -103,15 +103,13 @@ def cycles(target: Target, lines: Sequence[str]) -> float:
     return int(found[1]) / _ITERATIONS
 
 
-def _executed(
-    emulator: str, target: Target, program: Path, arguments: Sequence[str], addresses: Sequence[int]
-) -> Counter[int]:
+def _executed(qemu: Sequence[str], program: Path, arguments: Sequence[str], addresses: Sequence[int]) -> Counter[int]:
     """How often each instruction ran. QEMU logs what it translates and every run of a translation."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         kernels = f"{min(addresses):#x}..{max(addresses):#x}"
         switches = ["-d", "in_asm,exec,nochain", "-D", str(log), "-dfilter", kernels]
-        _output(emulator, "-cpu", target.cpu, *switches, str(program), *arguments)
+        _output(*qemu, *switches, str(program), *arguments)
         translated: dict[int, list[int]] = {}
         runs: Counter[int] = Counter()
         first = 0

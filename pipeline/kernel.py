@@ -7,6 +7,7 @@ the loop that one call does. A kernel with parallel loops is cut there into part
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -181,7 +182,7 @@ def _hoist(body: Any, worker: Any, stack_limit: int) -> tuple[Any, list[tuple[An
 
     def view(declared: tirx.DeclBuffer) -> None:
         of = declared.data.args[0] if getattr(declared.data, "args", ()) else declared.data
-        if isinstance(of.ty, BufferType) and _scalar(of) != _scalar(declared.buffer):
+        if isinstance(of.ty, BufferType) and scalar(of.ty.dtype) != scalar(declared.buffer.ty.dtype):
             shared.append(of)
 
     tvm_ffi.structural_walk(body, (tirx.DeclBuffer, view))
@@ -201,13 +202,11 @@ def _hoist(body: Any, worker: Any, stack_limit: int) -> tuple[Any, list[tuple[An
     return tvm_ffi.structural_map(body, (tirx.AllocBuffer, hoist)), found
 
 
-def _scalar(buffer: Any) -> str:
-    return str(tvm.DataType(str(buffer.ty.dtype)).with_lanes(1))
+def scalar(dtype: Any) -> str:
+    """The type of a vector's lane: 'uint32x8' -> 'uint32'."""
+    return str(tvm.DataType(str(dtype)).with_lanes(1))
 
 
 def _bytes(buffer: Any) -> int:
     dtype = tvm.DataType(str(buffer.ty.dtype))
-    size = -(-dtype.bits * dtype.lanes // 8)
-    for extent in buffer.ty.shape:
-        size *= int(extent)
-    return size
+    return -(-dtype.bits * dtype.lanes // 8) * math.prod(map(int, buffer.ty.shape))

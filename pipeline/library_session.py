@@ -6,7 +6,6 @@ import importlib.util
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -38,15 +37,9 @@ class LibrarySession(Session):
         self._configure = lambda *_: None  # TVM's thread pool has no part in this
         self._network = _module(folder / f"{library.name}.py").Network()
 
-    def _prepared(self, inputs: dict[str, np.ndarray]) -> tuple[Callable[[], None], dict[str, np.ndarray]]:
-        self._check_inputs(inputs)
-        return self._network.prepare(inputs)
-
     @exclusive
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        call, outputs = self._prepared(inputs)
-        call()
-        return outputs
+        return self._network.run(inputs)
 
     @exclusive
     def seconds(self, inputs: dict[str, np.ndarray], calls: int) -> float:
@@ -55,7 +48,7 @@ class LibrarySession(Session):
                 f"{self.folder}: compiled for {self.manifest.threads} threads, which an app lends and Python cannot; "
                 f"time it in an app, or compile it with --threads 1"
             )
-        call, _ = self._prepared(inputs)
+        call, _ = self._network.prepare(inputs)
         start = time.perf_counter()
         for _ in range(calls):
             call()

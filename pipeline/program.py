@@ -10,7 +10,7 @@ import tvm
 from tvm import relax
 
 from pipeline import kernel, workspace
-from pipeline.kernel import Kernel
+from pipeline.kernel import Kernel, Part
 
 
 @dataclass(eq=False)
@@ -69,6 +69,15 @@ class Program:
     def kernels(self) -> list[Kernel]:
         """Every kernel once, in the order of their first calls."""
         return list(dict.fromkeys(call.kernel for call in self.calls))
+
+    @property
+    def parts(self) -> list[Part]:
+        """The functions of all kernels."""
+        return [part for each in self.kernels for part in each.parts]
+
+    def module(self) -> tvm.IRModule:
+        """The functions, ready for a code generator."""
+        return tvm.tirx.transform.LowerIntrin()(tvm.IRModule({part.symbol: part.function for part in self.parts}))
 
 
 def make(

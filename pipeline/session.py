@@ -82,7 +82,7 @@ class Session:
         library = tvm.runtime.load_module(str(self.folder / artifact.LIBRARY))
         self._machine = tvm.runtime.vm.VirtualMachine(library, self._device)
 
-    def _check_inputs(self, inputs: dict[str, np.ndarray]) -> None:
+    def _tensors(self, inputs: dict[str, np.ndarray]) -> list[tvm.runtime.Tensor]:
         expected = {spec.name: spec for spec in self.manifest.inputs}
         if set(inputs) != set(expected):
             raise ValueError(f"the inputs are {sorted(expected)}, given {sorted(inputs)}")
@@ -92,9 +92,6 @@ class Session:
                 raise ValueError(
                     f"input '{name}' is {spec.dtype} {list(spec.shape)}, given {array.dtype} {list(array.shape)}"
                 )
-
-    def _tensors(self, inputs: dict[str, np.ndarray]) -> list[tvm.runtime.Tensor]:
-        self._check_inputs(inputs)
         # A copy: TVM's allocator aligns it to the 64 bytes that compiled code takes for granted.
         return [tvm.runtime.tensor(np.ascontiguousarray(inputs[s.name]), self._device) for s in self.manifest.inputs]
 

@@ -49,7 +49,6 @@ def program(mod: Any, target: Any, argument: np.ndarray, folder: Path):
     Returns (executable, file, kernel names, output(): what the file holds afterwards).
     """
     import tvm
-    from tvm import tirx
 
     from pipeline import compiler, program, toolchain
     from pipeline.workspace import aligned
@@ -57,9 +56,8 @@ def program(mod: Any, target: Any, argument: np.ndarray, folder: Path):
     scheduled, _, _ = compiler.scheduled(compiler.lower(mod), target, 1)
     llvm = target.tvm_target(1)
     made = program.make(scheduled, ("y",), "k", llvm, 1, target.registers * target.vector_bits // 8)
-    parts = [part for kernel in made.kernels for part in kernel.parts]
-    functions = tirx.transform.LowerIntrin()(tvm.IRModule({part.symbol: part.function for part in parts}))
-    tvm.get_global_func("target.build.llvm")(functions, llvm).write_to_file(str(folder / "kernels.o"))
+    parts = made.parts
+    tvm.get_global_func("target.build.llvm")(made.module(), llvm).write_to_file(str(folder / "kernels.o"))
 
     (output,) = made.outputs
     held = dict.fromkeys(made.inputs, argument) | {tensor: tensor.data for tensor in made.constants}

@@ -1,6 +1,7 @@
 """ARM Cortex-A53, in order: Raspberry Pi 3 and Zero 2, i.MX 8M, Zynq UltraScale+."""
 
-from targets._target import BytePopcount, Target
+from targets._neon import NEON
+from targets._target import Target
 
 TARGET = Target(
     name="cortex-a53",
@@ -17,11 +18,5 @@ TARGET = Target(
     gnu_triple="aarch64-linux-gnu",
     zig_triple="aarch64-linux-gnu",
     cpu_part="0xd03",
-    byte_popcount=BytePopcount(
-        name="neon",
-        add="llvm.aarch64.neon.uaddlp.v8i16.v16i8",
-        lane_bits=16,
-        operands="bytes",
-        widen="llvm.aarch64.neon.uaddlp.v4i32.v8i16",
-    ),
+    byte_popcount=NEON,
 )

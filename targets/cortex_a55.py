@@ -1,6 +1,7 @@
 """ARM Cortex-A55, in order, with dot products: RK3568, i.MX 93, little cores of phones."""
 
-from targets._target import BytePopcount, Target
+from targets._neon import NEON_DOT
+from targets._target import Target
 
 TARGET = Target(
     name="cortex-a55",
@@ -17,10 +18,5 @@ TARGET = Target(
     gnu_triple="aarch64-linux-gnu",
     zig_triple="aarch64-linux-gnu",
     cpu_part="0xd05",
-    byte_popcount=BytePopcount(
-        name="neon_dot",
-        add="llvm.aarch64.neon.udot.v4i32.v16i8",
-        lane_bits=32,
-        operands="sums, bytes, factors",
-    ),
+    byte_popcount=NEON_DOT,
 )

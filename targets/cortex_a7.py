@@ -1,6 +1,7 @@
 """ARM Cortex-A7, 32 bits, hard float: Raspberry Pi 2, STM32MP1, i.MX 6UL. NEON takes subnormal floats for zero."""
 
-from targets._target import BytePopcount, Target
+from targets._neon import NEON_32
+from targets._target import Target
 
 TARGET = Target(
     name="cortex-a7",
@@ -18,11 +19,5 @@ TARGET = Target(
     zig_triple="arm-linux-gnueabihf",
     float_abi="hard",
     cpu_part="0xc07",
-    byte_popcount=BytePopcount(
-        name="neon32",
-        add="llvm.arm.neon.vpadalu.v8i16.v16i8",
-        lane_bits=16,
-        operands="sums, bytes",
-        widen="llvm.arm.neon.vpaddlu.v4i32.v8i16",
-    ),
+    byte_popcount=NEON_32,
 )

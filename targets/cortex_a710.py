@@ -1,6 +1,7 @@
 """ARM Cortex-A710, big core of Armv9 phones. Its SVE registers are 128 bits too, so the code is NEON."""
 
-from targets._target import BytePopcount, Target
+from targets._neon import NEON_DOT
+from targets._target import Target
 
 TARGET = Target(
     name="cortex-a710",
@@ -20,10 +21,5 @@ TARGET = Target(
     gnu_triple="aarch64-linux-gnu",
     zig_triple="aarch64-linux-gnu",
     cpu_part="0xd47",
-    byte_popcount=BytePopcount(
-        name="neon_dot",
-        add="llvm.aarch64.neon.udot.v4i32.v16i8",
-        lane_bits=32,
-        operands="sums, bytes, factors",
-    ),
+    byte_popcount=NEON_DOT,
 )

@@ -1,6 +1,7 @@
 """ARM Cortex-A76, with dot products: Raspberry Pi 5, RK3588."""
 
-from targets._target import BytePopcount, Target
+from targets._neon import NEON_DOT
+from targets._target import Target
 
 TARGET = Target(
     name="cortex-a76",
@@ -17,10 +18,5 @@ TARGET = Target(
     gnu_triple="aarch64-linux-gnu",
     zig_triple="aarch64-linux-gnu",
     cpu_part="0xd0b",
-    byte_popcount=BytePopcount(
-        name="neon_dot",
-        add="llvm.aarch64.neon.udot.v4i32.v16i8",
-        lane_bits=32,
-        operands="sums, bytes, factors",
-    ),
+    byte_popcount=NEON_DOT,
 )

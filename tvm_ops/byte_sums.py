@@ -11,6 +11,7 @@ offset), so `spread` stores each word four times before, in a copy with a stride
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -193,7 +194,7 @@ def _count(popcount: BytePopcount, tile: Tile, x: Any, w: Any, sums: Any, count:
         """All words of the window: loops outside, straight code for the innermost words."""
         if len(at) == 3:
             return step(term, *at)
-        extent, inside = extents[len(at)], _product(extents[len(at) + 1 :])
+        extent, inside = extents[len(at)], math.prod(extents[len(at) + 1 :])
         straight = max(n for n in range(1, extent + 1) if extent % n == 0 and (n == 1 or n * inside <= _MOST_UNROLLED))
         if straight == extent:
             for n in range(extent):
@@ -212,10 +213,3 @@ def _count(popcount: BytePopcount, tile: Tile, x: Any, w: Any, sums: Any, count:
             ones = ones if factor == 1 else ones * tirx.Broadcast(tirx.const(factor, "int32"), LANES)
             place = [c, tirx.Ramp(LANES * v, 1, LANES)]
             buffer_store(sums, sums[*place] + ones, place)
-
-
-def _product(extents: list[int]) -> int:
-    total = 1
-    for extent in extents:
-        total *= extent
-    return total

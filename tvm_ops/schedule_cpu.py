@@ -11,6 +11,7 @@ candidates spill: nine trials of a 3x3 convolution took three minutes and found 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from targets import ByteCounter, BytePopcount, Target
@@ -104,19 +105,12 @@ def _schedule_map(sch: Any, block: Any, target: Target, threads: int) -> None:
         *_, inner = sch.split(loops[-1], [None, lanes])
         sch.vectorize(inner)
         loops = sch.get_loops(block)[:-1]
-    _share(sch, loops, _product(extents) // target.lanes, threads)
+    _share(sch, loops, math.prod(extents) // target.lanes, threads)
 
 
 def _share(sch: Any, loops: list[Any], steps: int, threads: int) -> None:
     if threads > 1 and steps >= _MIN_PARALLEL_STEPS and loops:
         sch.parallel(sch.fuse(*loops) if len(loops) > 1 else loops[0])
-
-
-def _product(extents: list[int]) -> int:
-    total = 1
-    for extent in extents:
-        total *= extent
-    return total
 
 
 def _tile(columns: int, channels: int, unit: int, target: Target) -> tuple[int, int]:
@@ -156,7 +150,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     unit = WORD_BITS if packs else 1  # so many channels make one step of the writer's last loop
     unpacks = sch.get(main).name_hint == bitweight_conv2d.BLOCK
     whole = WORD_BITS if packs or unpacks else 1  # and so many stay together
-    work = _product(_extents(sch, sch.get_loops(main))) // target.lanes
+    work = math.prod(_extents(sch, sch.get_loops(main))) // target.lanes
 
     *outer, channel = sch.get_loops(writer)
     *extents, words = _extents(sch, [*outer, channel])
@@ -178,7 +172,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     channel_outer, inner[-1] = sch.split(channel, [None, inner[-1]])
     outer.append(channel_outer)
     shared = outer
-    if unpacks and _product(extents) >= _MANY_PIXELS:  # filters first: a tile of them is unpacked once for all pixels
+    if unpacks and math.prod(extents) >= _MANY_PIXELS:  # filters first: a tile of them is unpacked once for all pixels
         outer = [channel_outer, *outer[:-1]]
         shared = outer[:1]
     sch.reorder(*outer, *inner)
@@ -215,7 +209,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
 
 def _spreads(sch: Any, consumer: Any, sums: list[int]) -> bool:
     """Whether a consumer broadcasts the sums."""
-    return _product(_extents(sch, sch.get_loops(consumer))) != _product(sums)
+    return math.prod(_extents(sch, sch.get_loops(consumer))) != math.prod(sums)
 
 
 def _sum_across(sch: Any, main: Any, target: Target) -> bool:
@@ -291,7 +285,7 @@ def _spread(sch: Any, main: Any, threads: int) -> None:
     sch.tensorize(one, byte_sums.spread())
     (tensorized,) = sch.get_child_blocks(word)
     sch.storage_align(tensorized, 0, axis=4, factor=byte_sums.LANES, offset=0)  # memory for the vectors
-    _share(sch, outer, _product(_extents(sch, [*outer, word])), threads)
+    _share(sch, outer, math.prod(_extents(sch, [*outer, word])), threads)
 
 
 def _sum_bytes(
@@ -345,6 +339,6 @@ def _unroll_taps(sch: Any, reduction: list[Any], extents: list[int], sample: boo
         most = sch.sample_categorical([0, 16, 64, 256], [0.25] * 4)
         sch.annotate(reduction[0], "pragma_auto_unroll_max_step", most)
         sch.annotate(reduction[0], "pragma_unroll_explicit", 1)
-    elif _product(extents[:-1]) <= 9 and extents[-1] > 1:
+    elif math.prod(extents[:-1]) <= 9 and extents[-1] > 1:
         for loop in reduction[:-1]:
             sch.unroll(loop)
