@@ -10,11 +10,13 @@ import difflib
 import pkgutil
 from importlib import import_module
 
+from targets._gpu import Gpu
 from targets._target import ByteCounter, BytePopcount, Target, cores, cpu_features, cpu_name, cpu_part
 
 __all__ = [
     "ByteCounter",
     "BytePopcount",
+    "Gpu",
     "Target",
     "cores",
     "cpu_features",
@@ -54,7 +56,7 @@ def host() -> Target:
     Raises:
         ValueError: no target of the folder runs on this CPU.
     """
-    runnable = [target for target in map(load, names()) if not target.missing_features()]
+    runnable = [t for t in map(load, names()) if t.gpu is None and not t.missing_features()]
     if not runnable:
         raise ValueError(f"no target runs on this CPU: the package has {', '.join(names())}; name one with --target")
     return max(runnable, key=lambda target: (target.cpu_part == cpu_part(), len(target.features)))

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from targets._gpu import Gpu
+
 
 @dataclass(frozen=True)
 class ByteCounter:
@@ -81,7 +83,7 @@ class BytePopcount:
 
 @dataclass(frozen=True)
 class Target:
-    """A CPU family as facts. Schedules read these fields and never the name.
+    """A CPU family as facts, or a GPU with the CPU beside it. Schedules read these fields and never the name.
 
     Attributes:
         machine: what ``platform.machine()`` says there; a name of ours where nothing can ask.
@@ -98,6 +100,7 @@ class Target:
         cpu_part: 'CPU part' of /proc/cpuinfo (ARM), by which `host` tells cores with equal features apart.
         byte_counter: what to count with instead, if a vector popcount is slow.
         byte_popcount: what to add counts with, if a vector popcount counts bytes.
+        gpu: where the kernels run, if not on the CPU that the other fields describe.
     """
 
     name: str
@@ -118,6 +121,7 @@ class Target:
     cpu_part: str = ""
     byte_counter: ByteCounter | None = None
     byte_popcount: BytePopcount | None = None
+    gpu: Gpu | None = None
 
     def __post_init__(self) -> None:
         if self.vector_bits % 32 or self.vector_bits < 32:
@@ -150,13 +154,19 @@ class Target:
                     f"target {self.name}: LLVM does not know the attribute '{attribute}' for {self.triple}"
                 )
         abi = {"mfloat-abi": self.float_abi} if self.float_abi else {}
-        return TvmTarget({**machine, **abi, "mattr": list(self.attributes), "num-cores": threads})
+        cpu = {**machine, **abi, "mattr": list(self.attributes), "num-cores": threads}
+        if self.gpu is None:
+            return TvmTarget(cpu)
+        limits = {"max_threads_per_block": 1024, "thread_warp_size": 32, "registers_per_block": 65536}
+        shared = {"max_shared_memory_per_block": self.gpu.shared_bytes}
+        return TvmTarget({"kind": "cuda", "arch": self.gpu.arch, **limits, **shared}, host=cpu)
 
     def missing_features(self) -> list[str]:
         """What this machine lacks to run code of this target; empty when it can."""
         if platform.machine() != self.machine:
             return [f"{'an' if self.machine[0] == 'a' else 'a'} {self.machine} CPU"]
-        return sorted(self.features - cpu_features())
+        gpu = [missing] if self.gpu and (missing := self.gpu.missing()) else []
+        return sorted(self.features - cpu_features()) + gpu
 
 
 @cache

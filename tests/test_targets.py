@@ -63,6 +63,7 @@ def test_llvm_compiles_for_the_features_that_a_record_names(name: str) -> None:
 
     target = targets.load(name)
     tvm_target = target.tvm_target(3)
+    tvm_target = tvm_target.host if target.gpu else tvm_target
     attrs = dict(tvm_target.attrs.items())
     assert (attrs["mtriple"], attrs["mcpu"], list(attrs.get("mattr", ()))) == (
         target.triple,
@@ -81,9 +82,10 @@ def test_llvm_compiles_for_the_features_that_a_record_names(name: str) -> None:
 
 def test_records_differ() -> None:
     records = [targets.load(name) for name in NAMES]
-    keys = {(r.triple, r.cpu, r.attributes) for r in records}
+    keys = {(r.triple, r.cpu, r.attributes, r.gpu) for r in records}
     assert len(keys) == len(records)
-    hosts = [(r.machine, r.cpu_part or r.features) for r in records if r.tvm_runtime]  # what `host` chooses by
+    cpus = [r for r in records if r.gpu is None]
+    hosts = [(r.machine, r.cpu_part or r.features) for r in cpus if r.tvm_runtime]  # what `host` chooses by
     assert len(set(hosts)) == len(hosts)
 
 
@@ -120,6 +122,46 @@ def test_host_of_other_machines(
     monkeypatch.setattr(targets._target.platform, "machine", lambda: machine)
     monkeypatch.setattr(targets._target, "_cpuinfo", lambda: cpuinfo)
     assert targets.host().name == chosen
+
+
+GPUS = [name for name in NAMES if name.startswith("cuda-")]
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_gpu_contract(name: str) -> None:
+    target = targets.load(name)
+    gpu = target.gpu
+    assert gpu is not None and name == f"cuda-{gpu.arch.replace('_', '')}"
+    assert (gpu.fragment == (0, 0, 0)) == (gpu.bit_product == "")
+    assert 48 << 10 < gpu.shared_bytes < 228 << 10
+    tvm_target = target.tvm_target(1)
+    assert (tvm_target.kind.name, tvm_target.host.kind.name) == ("cuda", "llvm")
+    assert (tvm_target.attrs["arch"], int(tvm_target.attrs["max_shared_memory_per_block"])) == (
+        gpu.arch,
+        gpu.shared_bytes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "runs"),
+    [
+        (None, set()),
+        ((7, 0), set()),
+        ((8, 0), {"cuda-sm80"}),
+        ((8, 9), {"cuda-sm80", "cuda-sm86", "cuda-sm87", "cuda-sm89"}),
+        ((9, 0), {"cuda-sm90"}),
+        ((10, 3), {"cuda-sm100"}),
+    ],
+)
+def test_code_runs_on_its_major_number_and_no_lower_minor_one(
+    found: tuple[int, int] | None, runs: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets._gpu, "capability", lambda: found)
+    gpus = {name: targets.load(name).gpu for name in GPUS}
+    assert {name for name, gpu in gpus.items() if gpu and not gpu.missing()} == runs
+    assert targets.host().gpu is None
+    if found is None:
+        assert gpus["cuda-sm86"] and gpus["cuda-sm86"].missing() == "an NVIDIA GPU of compute capability 8.6 to 8.9"
 
 
 def test_missing_features_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

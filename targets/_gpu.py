@@ -1,0 +1,59 @@
+"""The record of an NVIDIA GPU, and what this machine's GPU is."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A compute capability as facts.
+
+    Attributes:
+        arch: 'sm_80' is compute capability 8.0. Its code runs on GPUs of the same major number and no lower minor one.
+        bit_product: what its 1-bit tensor cores do to a pair of words before they count; '' without such cores (or
+            where the compiler emulates them), and words meet by xor in the ordinary cores.
+        fragment: rows x columns x bits of that instruction.
+        async_copy: whether global memory is copied to shared memory in the background (cp.async).
+        shared_bytes: shared memory that one block may have, with the kernel's leave.
+    """
+
+    arch: str
+    bit_product: Literal["and", "xor", ""]
+    fragment: tuple[int, int, int]
+    async_copy: bool
+    shared_bytes: int
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Major and minor number."""
+        number = int(self.arch.removeprefix("sm_"))
+        return number // 10, number % 10
+
+    def missing(self) -> str:
+        """What this machine lacks to run its code; '' when it can."""
+        found, (major, minor) = capability(), self.capability
+        if found and found[0] == major and found[1] >= minor:
+            return ""
+        return f"an NVIDIA GPU of compute capability {major}.{minor}" + (f" to {major}.9" if minor < 9 else "")
+
+
+@cache
+def capability() -> tuple[int, int] | None:
+    """The compute capability of this machine's first GPU, by its driver; None without either."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, value = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    numbers = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+        numbers.append(value.value)
+    return numbers[0], numbers[1]
