@@ -34,6 +34,7 @@ from pipeline.values import (
     Sum,
     Value,
 )
+from targets import Target
 from tvm_ops import opset
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, decode, odd, unpack, unsigned
 from tvm_ops.ops import bitweight_conv2d, quantize, stacked_conv2d
@@ -44,15 +45,17 @@ Attributes = dict[str, Any]
 Handler = Callable[[Emitter, Sequence[Any], Attributes], Value]
 
 
-def load(path: Path, batch: int = 1) -> tvm.IRModule:
-    """The Relax module of an ONNX file for a fixed batch: function ``main``, inputs and outputs as in the file.
+def load(path: Path, batch: int, target: Target) -> tvm.IRModule:
+    """The Relax module of an ONNX file for a fixed batch and a target, by which operators choose how weights lie.
+
+    Its function ``main`` has the inputs and outputs of the file.
 
     Raises:
         ValueError: the file is no ONNX model, or uses what is not supported (the sentence names the node).
     """
     model = onnx_file.read(path, batch)
     graph = model.graph
-    emitter = Emitter(relax.BlockBuilder())
+    emitter = Emitter(relax.BlockBuilder(), target)
     values: dict[str, Value] = {}
     parameters = []
     for graph_input in graph.inputs:

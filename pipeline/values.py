@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm import relax, te, tirx
 
+from targets import Target
 from tvm_ops import output_transform
 from tvm_ops.bitplanes import BINARY, TERNARY, WORD_BITS, Code, pack
 from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, bitweight_conv2d, stacked_conv2d
@@ -36,9 +37,10 @@ Finish = Callable[..., Any]  # a last expression of a kernel, such as the patter
 
 @dataclass
 class Emitter:
-    """Emits kernels into a Relax function."""
+    """Emits kernels for a target into a Relax function."""
 
     builder: relax.BlockBuilder
+    target: Target
 
     def te(self, kind: str, compute: Callable[..., Any], *args: relax.Expr | Array, **attributes: int) -> relax.Expr:
         """One kernel; arrays become constants of the library.
