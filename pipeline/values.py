@@ -22,7 +22,7 @@ from tvm import relax, te, tirx
 from targets import Target
 from tvm_ops import output_transform
 from tvm_ops.bitplanes import BINARY, TERNARY, WORD_BITS, Code, pack
-from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, bitweight_conv2d, stacked_conv2d
+from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, bitweight_conv2d, max_pool2d, stacked_conv2d
 from tvm_ops.ops.bitserial_conv2d import Geometry, Product
 from tvm_ops.ops.stacked_conv2d import Stack
 from tvm_ops.output_transform import Step
@@ -273,12 +273,8 @@ class MaxPool:
         return self.emitter.te("binary_max_pool2d", compute, words, invert)
 
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
-        g = self.geometry
-        pooled = relax.op.nn.max_pool2d(
-            self.of.real(), g.kernel, g.strides, list(g.pads), g.dilations, layout="NHWC", out_layout="NHWC"
-        )
-        out = self.emitter.op(pooled)
-        return Real(self.emitter, out, self.shape).stepped(steps, finish)
+        pooled = self.emitter.te("max_pool2d", lambda x: max_pool2d.compute(self.geometry, x), self.of.real())
+        return Real(self.emitter, pooled, self.shape).stepped(steps, finish)
 
 
 @dataclass(frozen=True, eq=False)
