@@ -429,6 +429,11 @@ MISTAKES = {
         "s[tx] = tx; __syncthreads(); if (tx < 32) { b[tx] = s[0]; __ballot_sync(~0u, 1); if (tx == 9) s[0] = 9; }"
     ),
     "writes byte 0 of shared array s, which thread .* wrote with no barrier": "s[0] = tx;",
+    "reads byte .* of shared array s, which thread .* wrote with no barrier since": (  # only some of the lanes write
+        "unsigned r; if (tx % 32 < 8) for (int i = 0; i < 4; i++) s[tx % 32 * 4 + i + tx / 32 * 32] = i; "
+        'asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r) : '
+        '"r"(__cvta_generic_to_shared(s + tx % 8 * 4 + tx / 32 * 32)));'
+    ),
     "the address of a 'struct uint4' is not 16-aligned": "*(uint4*)(s + tx % 8) = make_uint4(0, 0, 0, 0);",
     "cp.async of 16 bytes to a shared address that is not 16-aligned": 'COPY("16", s + tx % 16, a);',
     "cp.async of 8 bytes from an address that is not 8-aligned": 'COPY("8", s + tx % 16 * 2, a + 1);',

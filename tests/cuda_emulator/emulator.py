@@ -7,7 +7,8 @@ an array or a tensor, misaligned vectors, divergent barriers, copies read before
 RuntimeError with a sentence. Lines in messages are those of the rewritten source, kept beside the library.
 
 `CUDA_EMULATOR_ORDER` sets the order of blocks and threads: 0 first to last, 1 last to first, more: a random one.
-Not emulated: wmma, wgmma, TMA, mbarrier, clusters, half floats, `<<<>>>`; blocks and warps never run at once.
+Not emulated: wmma, wgmma, TMA, mbarrier, clusters, half floats, atomics, `<<<>>>`. Blocks and warps take turns, and
+races in global memory are not looked for. Fragments of ldmatrix and mma lie as the PTX ISA says.
 """
 
 from __future__ import annotations
@@ -58,10 +59,11 @@ CHECK = [
 
 def missing() -> str:
     """Why nothing can be emulated on this machine, or nothing."""
-    compiler = shutil.which("g++")
     flags = [flag for flag in CHECK if not flag.startswith("-Werror")]
-    known = compiler and subprocess.run([compiler, *flags, "-xc++", "-fsyntax-only", "/dev/null"], capture_output=True)
-    return "" if known and known.returncode == 0 else "emulated CUDA needs g++ 12 or newer (apt-get install g++)"
+    command = ["g++", *flags, "-xc++", "-fsyntax-only", "/dev/null"]
+    if shutil.which("g++") and subprocess.run(command, capture_output=True).returncode == 0:
+        return ""
+    return "emulated CUDA needs g++ 12 or newer: `scripts/setup cross` as root installs it"
 
 
 def cuda_source(mod: tvm.IRModule | tvm.tirx.PrimFunc, arch: str) -> str:

@@ -145,20 +145,22 @@ const Array& array_of(uint32_t address, size_t bytes, const char* verb) {
             nearest->name.c_str(), nearest->bytes);
 }
 
-void read_shared(uint32_t address, size_t bytes, int thread) {
+void read_shared(uint32_t address, size_t bytes, bool by_warp) {
   const Array& array = array_of(address, bytes, "reads");
+  int thread = current->index;
   uint32_t sync = syncs[thread / kWarp];
   for (size_t i = address; i < address + bytes; i++) {
     Byte& b = shadow[i];
     if (b.in_flight)
       emu::fail("reads byte %zu of shared array %s while a cp.async of %s is in flight: a commit or wait is missing",
                 i - array.begin, array.name.c_str(), thread_name(b.writer).c_str());
-    if (unordered(b.writer, b.write_epoch, b.write_sync))
+    bool just_written = b.write_epoch == epoch && b.write_sync >= sync;  // by this lane, and others read it
+    if (unordered(b.writer, b.write_epoch, b.write_sync) || (by_warp && just_written))
       emu::fail("reads byte %zu of shared array %s, which %s wrote with no barrier since", i - array.begin,
                 array.name.c_str(), thread_name(b.writer).c_str());
-    if (b.read_epoch != epoch) b.readers = kOne;
+    if (b.read_epoch != epoch) b.readers = by_warp ? kOneWarp : kOne;
     else if (b.reader / kWarp != thread / kWarp) b.readers = kMany;
-    else if (b.reader != thread) b.readers = std::max<uint8_t>(b.readers, kOneWarp);
+    else if (b.reader != thread || by_warp) b.readers = std::max<uint8_t>(b.readers, kOneWarp);
     b.reader = thread;
     b.read_epoch = epoch;
     b.read_sync = sync;
@@ -218,7 +220,7 @@ void access(const void* address, size_t bytes, bool write) {
   if (p >= arena && p < arena + kArena) {
     settle();
     if (write) write_shared(p - arena, bytes, false);
-    else read_shared(p - arena, bytes, current->index);
+    else read_shared(p - arena, bytes, false);
   } else if (!(p >= stacks[0] && p < stacks[kThreads])) {
     check_tensor(p, bytes, write ? "writes" : "reads");
   }
@@ -447,9 +449,9 @@ uint32_t shared_address(const void* p) {
   if (p < arena || p > arena + kArena) fail("takes the shared address of a pointer that is not to shared memory");
   return static_cast<const char*>(p) - arena;
 }
-void shared_read(void* to, uint32_t address, size_t bytes, int lane) {
+void shared_read(void* to, uint32_t address, size_t bytes) {
   settle();
-  read_shared(address, bytes, current->index / kWarp * kWarp + lane);
+  read_shared(address, bytes, true);
   std::memcpy(to, arena + address, bytes);
 }
 void shared_write(uint32_t address, const void* from, size_t bytes) {

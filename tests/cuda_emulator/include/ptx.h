@@ -71,7 +71,7 @@ void ldmatrix(const char* name, int line, std::array<uint32_t*, N> d, uint32_t a
           for (int r = 0; r < 8; r++) {
             int lane = 8 * m + r;
             if (*in[lane] % 16) fail("line %d: %s: the row address of lane %d is not 16-aligned", line, name, lane);
-            shared_read(element[r], *in[lane], 16, lane);
+            shared_read(element[r], *in[lane], 16);
           }
           for (int l = 0; l < 32; l++) {
             int g = l / 4, t = l % 4 * 2;
