@@ -12,6 +12,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from targets import Target
 from tvm_ops import adder_network, byte_sums
+from tvm_ops.ops import bitpack
 from tvm_ops.schedule_cpu import schedule
 
 
@@ -64,6 +65,9 @@ def scheduled(
     untuned = {name: f for name, f in kernels.items() if not (f.attrs and f.attrs.get("tirx.is_scheduled", False))}
     for name, func in untuned.items():
         mod[name] = default_schedule(tvm.IRModule({"main": func}), target, threads).mod["main"]
+    if target.shift_insert is not None:
+        for name in kernels:
+            mod[name] = bitpack.with_shifts(mod[name], target.shift_insert)
     return mod, len(kernels), len(kernels) - len(untuned)
 
 
