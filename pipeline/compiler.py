@@ -12,6 +12,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from targets import Target
 from tvm_ops import adder_network, byte_sums
+from tvm_ops.ops import bitpack
 from tvm_ops.schedule_cpu import schedule
 
 
@@ -47,6 +48,11 @@ def open_records(folder: Path, target: Target) -> Any:
     return ms.database.JSONDatabase(work_dir=str(folder))
 
 
+def finish(function: Any, target: Target) -> Any:
+    """A scheduled function as it is built: what no schedule can say is done here."""
+    return bitpack.with_shifts(function, target.shift_insert) if target.shift_insert else function
+
+
 def scheduled(
     mod: tvm.IRModule, target: Target, threads: int, records: Path | None = None
 ) -> tuple[tvm.IRModule, int, int]:
@@ -64,6 +70,8 @@ def scheduled(
     untuned = {name: f for name, f in kernels.items() if not (f.attrs and f.attrs.get("tirx.is_scheduled", False))}
     for name, func in untuned.items():
         mod[name] = default_schedule(tvm.IRModule({"main": func}), target, threads).mod["main"]
+    for name in kernels:
+        mod[name] = finish(mod[name], target)
     return mod, len(kernels), len(kernels) - len(untuned)
 
 
