@@ -10,6 +10,7 @@ from tvm import relax
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
+import pipeline.llvm  # noqa: F401 (TVM finds its function by name)
 from targets import Target
 from tvm_ops import adder_network, byte_sums
 from tvm_ops.ops import bitpack
