@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from tvm import relax
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
+from pipeline import cuda_kernel
+from pipeline.cuda_kernel import Kernel
 from targets import Target
 from tvm_ops import adder_network, byte_sums
 from tvm_ops.schedule_cpu import schedule
@@ -71,3 +75,60 @@ def build(mod: tvm.IRModule, target: Target, threads: int, records: Path | None 
     """An executable of TVM's virtual machine; otherwise as `scheduled`."""
     mod, kernels, tuned = scheduled(mod, target, threads, records)
     return relax.build(mod, target.tvm_target(threads), relax_pipeline="default"), kernels, tuned
+
+
+@dataclass(frozen=True)
+class CudaBuild:
+    """A network for a GPU: two halves of a library.
+
+    Attributes:
+        executable: of TVM's virtual machine. It calls its kernels by name and has none.
+        source: of those kernels, CUDA C++; an object of it is to be linked with the executable.
+        shared_bytes: the most shared memory that a block is given when a kernel starts.
+        kernels, tuned: as `scheduled` counts them.
+    """
+
+    executable: Any
+    source: str
+    shared_bytes: int
+    kernels: int
+    tuned: int
+
+
+def build_cuda(mod: tvm.IRModule, target: Target, records: Path | None = None) -> CudaBuild:
+    """As `build`, for a GPU: TVM alone would need a driver here, or leave its source to be compiled at every start."""
+    mod, count, tuned = scheduled(mod, target, 1, records)
+    source, kernels = cuda_kernel.make(functions(mod), target.tvm_target(1))
+    executable = relax.build(_calls_by_name(mod, kernels), target.tvm_target(1), relax_pipeline="default")
+    text = source + cuda_kernel.packed(kernels)
+    return CudaBuild(executable, text, cuda_kernel.shared_bytes(kernels), count, tuned)
+
+
+def functions(mod: tvm.IRModule) -> dict[str, tvm.tirx.PrimFunc]:
+    """The TIR functions of a module by their names, which are names in C."""
+    found = {g.name_hint: f for g, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
+    assert all(re.fullmatch(r"\w+", name) for name in found)
+    return found
+
+
+def _calls_by_name(mod: tvm.IRModule, kernels: dict[str, Kernel]) -> tvm.IRModule:
+    """``main`` alone, with a call of a library's function for each of a TIR function's, whose temporaries become
+    outputs that nobody reads."""
+
+    @relax.expr_functor.mutator
+    class Caller(relax.PyExprMutator):
+        def visit_call_(self, call: Any) -> Any:
+            call = super().visit_call_(call)
+            if call.op != tvm.ir.Op.get("relax.call_tir"):
+                return call
+            name = call.args[0].name_hint
+            whole = call.ty_args[0]
+            outputs = list(whole.fields) if isinstance(whole, relax.TupleType) else [whole]
+            memory = [relax.TensorType((t.size,), "uint8") for t in kernels[name].temporaries]
+            if not memory:
+                return relax.call_dps_packed(name, call.args[1], whole)
+            results = self.builder_.emit(relax.call_dps_packed(name, call.args[1], [*outputs, *memory]))
+            picked = [relax.TupleGetItem(results, i) for i in range(len(outputs))]
+            return relax.Tuple(picked) if isinstance(whole, relax.TupleType) else picked[0]
+
+    return tvm.IRModule({"main": Caller(mod).visit_expr(mod["main"])})

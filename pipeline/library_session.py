@@ -23,7 +23,7 @@ class LibrarySession(Session):
     """
 
     def _load(self) -> None:
-        self._check_cpu()
+        self._check_machine()
         library = self.manifest.c_library
         assert library is not None
         folder = self.folder
