@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from tvm import relax
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
-from pipeline import cuda_kernel
+from pipeline import cuda_kernel, program
 from pipeline.cuda_kernel import Kernel
 from targets import Target
 from tvm_ops import adder_network, byte_sums
@@ -97,18 +96,16 @@ class CudaBuild:
 
 def build_cuda(mod: tvm.IRModule, target: Target, records: Path | None = None) -> CudaBuild:
     """As `build`, for a GPU: TVM alone would need a driver here, or leave its source to be compiled at every start."""
-    mod, count, tuned = scheduled(mod, target, 1, records)
-    source, kernels = cuda_kernel.make(functions(mod), target.tvm_target(1))
+    mod, count, tuned = scheduled(without_reshapes(mod), target, 1, records)
+    source, kernels = cuda_kernel.make(program.functions(mod), target.tvm_target(1))
     executable = relax.build(_calls_by_name(mod, kernels), target.tvm_target(1), relax_pipeline="default")
     text = source + cuda_kernel.packed(kernels)
-    return CudaBuild(executable, text, cuda_kernel.shared_bytes(kernels), count, tuned)
+    return CudaBuild(executable, text, cuda_kernel.shared_bytes(kernels.values()), count, tuned)
 
 
-def functions(mod: tvm.IRModule) -> dict[str, tvm.tirx.PrimFunc]:
-    """The TIR functions of a module by their names, which are names in C."""
-    found = {g.name_hint: f for g, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
-    assert all(re.fullmatch(r"\w+", name) for name in found)
-    return found
+def without_reshapes(mod: tvm.IRModule) -> tvm.IRModule:
+    """A lowered module whose reshapes are no kernels; once they are scheduled, TVM does not see that they move nothing."""
+    return relax.transform.DeadCodeElimination()(relax.transform.RewriteDataflowReshape()(mod))
 
 
 def _calls_by_name(mod: tvm.IRModule, kernels: dict[str, Kernel]) -> tvm.IRModule:

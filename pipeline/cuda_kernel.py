@@ -7,7 +7,7 @@ with sizes that are known; from them a TVM library's packed functions are made h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,9 +129,9 @@ def packed(kernels: dict[str, Kernel]) -> str:
     return _HEAD + LAUNCH + "".join(functions)
 
 
-def shared_bytes(kernels: dict[str, Kernel]) -> int:
+def shared_bytes(kernels: Iterable[Kernel]) -> int:
     """The most shared memory that a block of any kernel is given when it starts."""
-    return max((launch.shared_bytes for kernel in kernels.values() for launch in kernel.launches), default=0)
+    return max((launch.shared_bytes for kernel in kernels for launch in kernel.launches), default=0)
 
 
 # `tvm.s_tir.pipeline.default_s_tir_pipeline` up to where it makes packed functions, and its passes for a GPU.

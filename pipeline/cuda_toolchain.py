@@ -58,10 +58,10 @@ class Nvcc:
             generate = f"arch=compute_{number},code=[{','.join(architectures)}]"
             run(self.name, str(self.path), *code, "-gencode", generate, *flags, "-o", str(output), str(file))
 
-    def link_shared(self, output: str, objects: Sequence[str], **_: Any) -> None:
+    def link_shared(self, output: str, objects: Sequence[str], *flags: str, **_: Any) -> None:
         """As `toolchain.Toolchain.link_shared`; the CUDA runtime goes into the library."""
         libraries = [f"-L{folder}" for folder in (self.path.parents[1] / "lib",) if folder.is_dir()]
-        run(self.name, str(self.path), "-shared", "-Xcompiler", "-fPIC", "-o", output, *objects, *libraries)
+        run(self.name, str(self.path), "-shared", "-Xcompiler", "-fPIC", "-o", output, *objects, *libraries, *flags)
 
     link_shared.object_format = "o"  # type: ignore[attr-defined]  # what TVM reads of an fcompile
 

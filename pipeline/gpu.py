@@ -35,5 +35,7 @@ def device() -> Any:
         ) from error
     found = tvm.cuda(0)
     if not found.exist:
-        raise ValueError("TVM's CUDA runtime finds no GPU: see whether `nvidia-smi` does, and what CUDA_VISIBLE_DEVICES is")
+        raise ValueError(
+            "TVM's CUDA runtime finds no GPU: see whether `nvidia-smi` does, and what CUDA_VISIBLE_DEVICES is"
+        )
     return found

@@ -20,6 +20,7 @@ from pipeline import (
     c_library,
     c_names,
     compiler,
+    cuda_library,
     cuda_toolchain,
     importer,
     inspection,
@@ -90,7 +91,9 @@ def compile_network(
     content = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         content.chmod(0o755)
-        if target.gpu is not None:
+        if target.gpu is not None and emit == "c-lib":
+            made = cuda_library.write(lowered, manifest, name, content, target, records)
+        elif target.gpu is not None:
             made = _write_cuda(lowered, target, records, content)
         elif emit == "vm":
             executable, kernels, tuned = compiler.build(lowered, target, threads, records)
@@ -128,7 +131,9 @@ def _check_route(target: Target, emit: Emit, threads: int) -> None:
         if emit == "c-source":
             raise ValueError(f"target {target.name} is a GPU, and C source is for CPUs: compile with --emit c-lib")
         if threads > 1:
-            raise ValueError(f"target {target.name} is a GPU, which has no use for {threads} threads: leave --threads out")
+            raise ValueError(
+                f"target {target.name} is a GPU, which has no use for {threads} threads: leave --threads out"
+            )
         cuda_toolchain.find(target)
         return
     if not target.tvm_runtime and emit != "c-source":
