@@ -12,8 +12,10 @@ Not emulated: wmma, wgmma, TMA, mbarrier, clusters, half floats, `<<<>>>`; block
 
 from __future__ import annotations
 
+import atexit
 import functools
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,7 +33,7 @@ SHARED_LIMIT = {  # bytes a block may have, by compute capability
     **dict.fromkeys(("90", "100", "103", "110"), 227 * KIB),
 }
 INCLUDE = [f"-I{HERE / 'include'}", *(f"-I{p}" for p in tvm_ffi.libinfo.include_paths())]
-COMPILE = ["g++", "-std=c++17", "-O2", "-w", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *INCLUDE]
+COMPILE = ["g++", "-std=c++17", "-O2", "-w", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off", *INCLUDE]
 # The runtime implements the sanitizers' entry points; registers that nothing wrote hold junk, as on a GPU.
 CHECK = [
     "-fno-strict-aliasing",
@@ -72,27 +74,31 @@ def emulate_source(source: str, path: Path, shared: bool, arch: str = "sm_80") -
     code = arch.removeprefix("sm_").rstrip("a")
     if code not in SHARED_LIMIT:
         raise ValueError(f"{arch} is not emulated; these are: {', '.join('sm_' + a for a in SHARED_LIMIT)}")
-    rewritten = path.with_suffix(".cpp")
-    rewritten.write_text(rewrite(source, int(code)))
-    kernels = path.with_suffix(".kernels.o")
-    defines = [f"-D__CUDA_ARCH__={code}0", f"-DEMU_SHARED_LIMIT={SHARED_LIMIT[code]}"]
-    run([*COMPILE, *CHECK, *defines, "-include", "cuda_runtime.h", "-c", rewritten, "-o", kernels])
-    together = kernels if shared else path
-    (runtime := kernels.with_suffix(".runtime.o")).write_bytes(runtime_object())
+    rewritten, kernels, runtime = (path.with_suffix(suffix) for suffix in (".cpp", ".kernels.o", ".runtime.o"))
+    rewritten.write_text(rewrite(source, int(code)) + f"\nconst size_t emu::shared_limit = {SHARED_LIMIT[code]};\n")
+    headers, runtime_object = once()
+    run([*COMPILE, *CHECK, f"-D__CUDA_ARCH__={code}0", "-include", headers, "-c", rewritten, "-o", kernels])
+    runtime.write_bytes(runtime_object)
     if shared:
         library = Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent
         run(["g++", "-shared", kernels, runtime, "-o", path, f"-L{library}", "-ltvm_ffi"])
     else:
-        run(["g++", "-r", "-nostdlib", kernels, runtime, "-o", together])
-        run(["objcopy", "--localize-hidden", path])  # two objects in one library have each their own runtime
+        # Each object keeps its runtime to itself, so that two may be linked into one library.
+        run(["g++", "-r", "-nostdlib", "-Wl,--force-group-allocation", kernels, runtime, "-o", path])
+        run(["objcopy", "--localize-hidden", path])
     return path
 
 
 @functools.cache
-def runtime_object() -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        run([*COMPILE, "-c", HERE / "runtime.cpp", "-o", (path := Path(folder) / "runtime.o")])
-        return path.read_bytes()
+def once() -> tuple[Path, bytes]:
+    """What all kernels share: a header that is compiled already, and the runtime's object."""
+    folder = tempfile.mkdtemp(prefix="cuda-emulator-")
+    atexit.register(shutil.rmtree, folder)
+    header = Path(folder) / "kernels.h"
+    header.write_text(f'#include "{HERE}/include/kernels.h"\n')
+    run([*COMPILE, *CHECK, "-x", "c++-header", header])
+    run([*COMPILE, "-c", HERE / "runtime.cpp", "-o", Path(folder) / "runtime.o"])
+    return header, (Path(folder) / "runtime.o").read_bytes()
 
 
 def run(command: list[object]) -> None:

@@ -198,10 +198,14 @@ void check_tensor(const char* p, size_t bytes, const char* verb) {
   for (const Range& r : tensors)
     if (p >= r.begin && p + bytes <= r.begin + r.bytes) return;
   std::string where = "memory that is in no tensor of the call";
+  ptrdiff_t nearest = 4096;
   for (size_t i = 0; i + 1 < tensors.size(); i++) {  // the last range is the kernel's arguments
     const Range& r = tensors[i];
-    if (p >= r.begin && p < r.begin + r.bytes + 4096) where = say("byte %zd of tensor argument %zu, which has %zu", p - r.begin, i, r.bytes);
-    else if (p < r.begin && p + 4096 > r.begin) where = say("%zd bytes before tensor argument %zu", r.begin - p, i);
+    ptrdiff_t before = r.begin - p, after = p - (r.begin + static_cast<ptrdiff_t>(r.bytes)) + 1;
+    if (std::max(before, after) >= nearest) continue;
+    nearest = std::max(before, after);
+    where = before > 0 ? say("%td bytes before tensor argument %zu", before, i)
+                       : say("byte %td of tensor argument %zu, which has %zu", -before, i, r.bytes);
   }
   emu::fail("%s %zu bytes at %s", verb, bytes, where.c_str());
 }

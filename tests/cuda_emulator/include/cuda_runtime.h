@@ -43,7 +43,7 @@ static inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaS
 static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  bool fits = emu::allow_dynamic(reinterpret_cast<const void*>(kernel), bytes, EMU_SHARED_LIMIT);
+  bool fits = emu::allow_dynamic(reinterpret_cast<const void*>(kernel), bytes, emu::shared_limit);
   return fits ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <class... P, class... A>
@@ -53,7 +53,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     std::tuple<P...> arguments;
   } call{kernel, std::tuple<P...>(static_cast<P>(arguments)...)};
   auto body = [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->arguments); };
-  bool ran = emu::launch({config->gridDim, config->blockDim, config->dynamicSmemBytes, EMU_SHARED_LIMIT,
+  bool ran = emu::launch({config->gridDim, config->blockDim, config->dynamicSmemBytes, emu::shared_limit,
                           reinterpret_cast<const void*>(kernel), body, &call, sizeof call});
   return ran ? cudaSuccess : cudaErrorLaunchFailure;
 }

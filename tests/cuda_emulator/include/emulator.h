@@ -10,6 +10,8 @@ struct dim3 {
 
 namespace emu {
 
+extern const size_t shared_limit;  // bytes a block of this architecture may have; the rewritten source defines it
+
 struct Launch {
   dim3 grid, block;
   size_t dynamic_bytes, shared_limit;
