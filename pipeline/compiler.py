@@ -104,7 +104,7 @@ def build_cuda(mod: tvm.IRModule, target: Target, records: Path | None = None) -
 
 
 def without_reshapes(mod: tvm.IRModule) -> tvm.IRModule:
-    """A lowered module whose reshapes are no kernels; once they are scheduled, TVM does not see that they move nothing."""
+    """A lowered module whose reshapes are no kernels: once they are scheduled, TVM takes them for work."""
     return relax.transform.DeadCodeElimination()(relax.transform.RewriteDataflowReshape()(mod))
 
 

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime as ort
 from tvm_ffi.libinfo import find_include_path
 
+import targets
 from pipeline import (
     artifact,
     c_library,
@@ -29,7 +30,6 @@ from pipeline import (
     tune,
 )
 from pipeline.artifact import Emit, Manifest, Tensor
-import targets
 from targets import Target
 from tvm_ops import opset
 

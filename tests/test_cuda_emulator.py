@@ -147,7 +147,7 @@ def padded_copy(rows: int, width: int):
                     with T.sblock():
                         T.reads(A[tx, i])
                         T.writes(S[tx, 0])
-                        S[tx, 0] = T.if_then_else(1 <= i and i < width + 1, A[tx, i - 1], T.float32(0))
+                        S[tx, 0] = T.if_then_else(i >= 1 and i < width + 1, A[tx, i - 1], T.float32(0))
                     with T.sblock():
                         T.reads(S[tx, 0])
                         T.writes(B[tx, i])
