@@ -76,6 +76,23 @@ def build(mod: tvm.IRModule, target: Target, threads: int, records: Path | None 
     return relax.build(mod, target.tvm_target(threads), relax_pipeline="default"), kernels, tuned
 
 
+# TVM's `default_build_pipeline`, less what makes kernels of operators: its own pipeline for GPUs schedules them anew.
+_TO_MACHINE = tvm.transform.Sequential(
+    [
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory(),
+        relax.transform.LowerAllocTensor(),
+        relax.transform.KillAfterLastUse(),
+        relax.transform.LowerRuntimeBuiltin(),
+        relax.transform.ComputePrimValue(),
+        relax.transform.VMShapeLower(),
+        relax.transform.AttachGlobalSymbol(),
+    ]
+)
+
+
 @dataclass(frozen=True)
 class CudaBuild:
     """A network for a GPU: two halves of a library.
@@ -98,7 +115,7 @@ def build_cuda(mod: tvm.IRModule, target: Target, records: Path | None = None) -
     """As `build`, for a GPU: TVM alone would need a driver here, or leave its source to be compiled at every start."""
     mod, count, tuned = scheduled(without_reshapes(mod), target, 1, records)
     source, kernels = cuda_kernel.make(program.functions(mod), target.tvm_target(1))
-    executable = relax.build(_calls_by_name(mod, kernels), target.tvm_target(1), relax_pipeline="default")
+    executable = relax.build(_calls_by_name(mod, kernels), target.tvm_target(1), relax_pipeline=_TO_MACHINE)
     text = source + cuda_kernel.packed(kernels)
     return CudaBuild(executable, text, cuda_kernel.shared_bytes(kernels.values()), count, tuned)
 
