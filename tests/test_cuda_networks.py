@@ -25,7 +25,7 @@ from pipeline.packaging import compile_network, oracle
 METHODS: dict[str, dict[str, Any]] = {
     "xnor": {},
     "xnor-cf": {"group": 16},
-    "bnn": {"weight": "bnn", "activation": "bnn"},
+    "bnn": {"weight": "bc", "activation": "xnor"},
     "tbn": {"activation": "tbn"},
     "twn": {"weight": "twn", "activation": "real"},
     "ttq": {"weight": "ttq", "activation": "tbn"},
@@ -167,7 +167,7 @@ class App:
 @pytest.fixture
 def app(seed: int, tmp_path: Path) -> Iterator[App]:
     """An app around a C library of the digits' network."""
-    path = made(digits((16, 32)), (1, 8, 8), tmp_path)
+    path = made(digits((16, 32, 32)), (1, 8, 8), tmp_path)
     app = App(assert_verified(path, tmp_path, "cuda-sm80", "c-lib"))
     yield app
     app.close()
