@@ -7,6 +7,7 @@ with sizes that are known; from them a TVM library's packed functions are made h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,7 +116,13 @@ def make(functions: dict[str, tirx.PrimFunc], target: Any) -> tuple[str, dict[st
         device = {g: f for g, f in mod.functions_items() if g.name_hint not in functions}
         with _only_source():
             made = tvm.get_global_func("target.build.cuda")(_DEVICE_PASSES(tvm.IRModule(device)), target)
-    return made.inspect_source("cuda"), {name: _kernel(mod[name]) for name in functions}
+    # All arrays of this kind in a file are one to nvcc, so they must have one type.
+    source = re.sub(
+        r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];",
+        r"extern __shared__ __align__(128) unsigned char shared_memory[];\n  \1 *\2 = (\1 *)shared_memory;",
+        made.inspect_source("cuda"),
+    )
+    return source, {name: _kernel(mod[name]) for name in functions}
 
 
 def packed(kernels: dict[str, Kernel]) -> str:
