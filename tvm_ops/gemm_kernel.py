@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import tvm_ffi
@@ -23,6 +23,7 @@ import tvm_ffi
 from targets import Gpu
 from tvm_ops.bitplanes import WORD_BITS
 from tvm_ops.ops import bitpack, implicit_gemm
+from tvm_ops.ops.bitserial_gemm import FRAGMENT_WORDS, MIN_FRAGMENT_ROWS
 
 LANES = 32
 _CHUNK = 4  # words that a thread copies at once, and that ldmatrix reads of a row
@@ -126,6 +127,14 @@ def unravel(index: Any, extents: Sequence[int]) -> list[Any]:
         found.append(tirx.floormod(index, extent))
         index = tirx.floordiv(index, extent)
     return [index, *reversed(found)]
+
+
+def with_body(func: Any, body: Any) -> Any:
+    """The function with another body, in a block as TVM's passes expect it."""
+    from tvm import tirx
+    from tvm.s_tir import SBlock, SBlockRealize
+
+    return func.with_body(SBlockRealize([], tirx.const(True, "bool"), SBlock([], [], [], "root", body)))
 
 
 class Problem:
@@ -262,7 +271,7 @@ def write(func: Any, tile: Tile, gpu: Gpu) -> Any:
         copies = _Copies(problem, tile, gpu, shared, (bx * rows, by * columns), warp * LANES + lane)
         _pipeline(problem, tile, copies, sums)
         sums.store(bx * rows, by * columns)
-    return func.with_body(builder.get().body)
+    return with_body(func, builder.get().body)
 
 
 def _steps(problem: Problem, tile: Tile) -> int:
@@ -544,22 +553,194 @@ def _inside(problem: Problem, tile: Tile, m: Any, o: Any) -> list[Any]:
 
 
 class _TensorCores(_Sums):
-    pass
+    """A warp's fragments of 16 rows x 8 columns. Lane 4 g + t holds of each rows g and g + 8, columns 2 t and 2 t + 1;
+    with `fragment_filter`, filters 8 t to 8 t + 7 of every 32."""
+
+    def __init__(self, problem: Problem, tile: Tile, shared: Any, warp: Any, lane: Any) -> None:
+        from tvm import tirx
+        from tvm.script.ir_builder import tirx as T
+
+        self.down_fragments, self.across_fragments = tile.rows // 16, tile.columns // 8
+        super().__init__(problem, tile, shared, warp, lane, self.down_fragments * self.across_fragments * 4)
+        self.a = T.alloc_buffer((self.down_fragments * 4,), "uint32", scope="local")
+        self.b = T.alloc_buffer((self.across_fragments * 2,), "uint32", scope="local")
+        self.counted = any(problem.counts)
+        if self.counted:
+            self.row_ones = T.alloc_buffer((self.down_fragments * 4,), "int32", scope="local")
+            for i in range(self.down_fragments * 4):
+                T.buffer_store(self.row_ones, tirx.const(0, "int32"), [i])
+
+    def count(self, stage: Any, step: Any) -> None:
+        from tvm import tirx
+
+        problem, tile = self.problem, self.tile
+        steps = _steps(problem, tile)
+        part, plane = tirx.floormod(step, steps), tirx.floormod(tirx.floordiv(step, steps), len(problem.w))
+        for first in range(0, tile.depth, FRAGMENT_WORDS):
+            with ExitStack() as guard:
+                if first and problem.depth % tile.depth:
+                    guard.enter_context(_if(part * tile.depth + first < problem.depth))
+                self._fragments(stage, first, plane)
+
+    def _fragments(self, stage: Any, first: int, plane: Any) -> None:
+        """Count 256 bits of the depth; rows of ones with the first plane of weights only."""
+        from tvm import tirx
+
+        tile, lane = self.tile, self.lane
+        for i in range(self.down_fragments):
+            row = self.down * tile.rows + i * 16 + tirx.floormod(lane, 16)
+            self._load(self.a, i, stage, 0, row, first + tirx.floordiv(lane, 16) * _CHUNK)
+        for j in range(self.across_fragments // 2):
+            row = self.across * tile.columns + j * 16 + tirx.floormod(lane, 8) + tirx.floordiv(lane, 16) * 8
+            self._load(self.b, j, stage, 1, row, first + tirx.floormod(tirx.floordiv(lane, 8), 2) * _CHUNK)
+        for i in range(self.down_fragments):
+            for j in range(self.across_fragments):
+                self._multiply(self.sums, i * self.across_fragments + j, i, [self.b[2 * j], self.b[2 * j + 1]])
+        if self.counted:
+            with ExitStack() as guard:
+                if len(self.problem.w) > 1:
+                    guard.enter_context(_if(plane == 0))
+                for i in range(self.down_fragments):
+                    self._multiply(self.row_ones, i, i, [tirx.const(0xFFFFFFFF, "uint32")] * 2)
+
+    def _load(self, registers: Any, number: int, stage: Any, side: int, row: Any, k: Any) -> None:
+        from tvm import tirx
+
+        at = self.row(stage, side, row) + swizzled(self.tile, row, k)
+        four = [registers[4 * number + i] for i in range(4)]
+        _call("ldmatrix_x4", _LDMATRIX, *four, tirx.address_of(self.shared[at]))
+
+    def _multiply(self, sums: Any, number: int, i: int, b: list[Any]) -> None:
+        """A fragment's sums, with fragment ``i`` of the rows."""
+        a, d = [self.a[4 * i + e] for e in range(4)], [sums[4 * number + e] for e in range(4)]
+        if self.problem.operation == "and":
+            _mma("m16n8k256", "and", d, a, b)
+            return
+        for half in range(2):
+            for part in range(2):
+                _mma("m8n8k128", "xor", d[2 * half : 2 * half + 2], [a[half + 2 * part]], [b[part]])
+
+    def ones(self, i: int, pair: Any) -> Any:
+        from tvm import tirx
+
+        if not self.counted:
+            return 0
+        x, w = self.problem.counts, len(self.problem.w)
+        row = self.row_ones[i // (4 * self.across_fragments) * 4 + i % 4]
+        return row * _chosen(x, tirx.floordiv(pair, w))
+
+    def fold(self, pair: Any) -> None:
+        from tvm import tirx
+        from tvm.script.ir_builder import tirx as T
+
+        super().fold(pair)
+        if self.counted and self.problem.pairs > 1:  # the next pair's rows of ones are another plane's, or none
+            for i in range(self.down_fragments * 4):
+                T.buffer_store(self.row_ones, tirx.const(0, "int32"), [i])
+
+    def _thread_rows(self, m0: Any) -> list[tuple[int, Any]]:
+        """Where the sums of each row of this thread start, and which row that is."""
+        from tvm import tirx
+
+        group = tirx.floordiv(self.lane, 4)
+        return [
+            (i * self.across_fragments * 4 + 2 * half, m0 + self.down * self.tile.rows + i * 16 + half * 8 + group)
+            for i in range(self.down_fragments)
+            for half in range(2)
+        ]
+
+    def store(self, m0: Any, o0: Any) -> None:
+        from tvm import tirx
+
+        for q in range(self.across_fragments // 4):
+            o = o0 + self.across * self.tile.columns + q * 32
+            rows = [(start + 16 * q, m) for start, m in self._thread_rows(m0)]
+            if self.problem.flags is None:
+                self._store_values(rows, o + tirx.floormod(self.lane, 4) * 8)
+            else:
+                self._store_words(rows, o)
+
+    def _value(self, start: int, m: Any, o: Any, e: int) -> Any:
+        """What is made of the sum of filter o + e."""
+        return self.problem.finished(m, o + e, self.totals[start + 4 * (e // 2) + e % 2])
+
+    def _store_values(self, rows: list[tuple[int, Any]], o: Any) -> None:
+        from tvm import tirx
+        from tvm.script.ir_builder import tirx as T
+
+        problem = self.problem
+        whole = problem.columns % 8 == 0
+        out = problem.last.buffer
+        for start, m in rows:
+            at = problem.last.indices(*unravel(m, problem.last.extents[:-1]), o)
+            with ExitStack() as guard:
+                if inside := _inside(problem, self.tile, m, o):
+                    guard.enter_context(_if(tirx.all(*inside)))
+                values = T.alloc_buffer((8,), str(out.dtype), scope="local")
+                for e in range(8):
+                    with ExitStack() as last:
+                        if not whole:
+                            last.enter_context(_if(o + e < problem.columns))
+                        value = self._value(start, m, o, e)
+                        T.buffer_store(*((values, value, [e]) if whole else (out, value, [*at[:-1], at[-1] + e])))
+                for e in range(0, 8 if whole else 0, 4):
+                    one = tirx.const(1, "int32")
+                    four = values[tirx.Ramp(tirx.const(e, "int32"), one, 4)]
+                    T.buffer_store(out, four, [*at[:-1], tirx.Ramp(at[-1] + e, one, 4)])
+
+    def _store_words(self, rows: list[tuple[int, Any]], first: Any) -> None:
+        """A thread's eight bits are a byte; the bytes of four neighbours are a word, which one of them stores."""
+        from tvm import tirx
+        from tvm.script.ir_builder import tirx as T
+
+        problem = self.problem
+        extents = problem.last.extents
+        t = tirx.floormod(self.lane, 4)
+        o, shift, word = first + t * 8, tirx.Cast("uint32", t * 8), tirx.floordiv(first, WORD_BITS)
+        every = tirx.const(0xFFFFFFFF, "uint32")
+        for number, (start, m) in enumerate(rows):
+            octet: Any = tirx.const(0, "uint32")
+            for e in range(8):
+                bit = self._value(start, m, o, e)
+                if problem.columns % self.tile.block[1]:
+                    bit = tirx.if_then_else(o + e < problem.columns, bit, tirx.const(0, "uint32"))
+                octet = octet | (bit << tirx.const(e, "uint32"))
+            made = T.bind(octet << shift)
+            for step in (1, 2):
+                made = T.bind(made | T.tvm_warp_shuffle_xor(every, made, step, LANES, LANES))
+            there = [t == number % 4]
+            there += [m < problem.rows] if problem.rows % self.tile.block[0] else []
+            there += [word < extents[-2]] if extents[-2] * WORD_BITS % self.tile.block[1] else []
+            with _if(tirx.all(*there)):
+                T.buffer_store(
+                    problem.last.buffer, made, problem.last.indices(*unravel(m, extents[:-2]), word, 0)
+                )
 
 
 # Choosing a tile -------------------------------------------------------------------------------------------------
 
 
-# (rows, columns, warps down, warps across), larger ones first
+# Rows, columns, warps down, warps across; larger ones first.
 _ORDINARY = ((8, 64, 8, 1), (8, 32, 8, 1), (4, 32, 8, 1), (4, 32, 4, 1), (2, 32, 4, 1), (1, 32, 4, 1), (1, 32, 1, 1))
+_TENSOR = ((64, 64, 2, 2), (32, 64, 4, 1), (32, 64, 2, 2), (32, 64, 2, 1), (32, 32, 2, 1), (16, 32, 2, 1), (16, 32, 1, 1))
 _MIN_BLOCKS = 128  # a grid of fewer leaves multiprocessors idle: the largest of today's GPUs have some 130
+_SHARED = 48 << 10  # so that several blocks fit a multiprocessor
 
 
 def tiles(func: Any, gpu: Gpu) -> list[Tile]:
     """The tiles that suit a function, the one of the rule first: the largest that fills the GPU."""
     problem = Problem(func)
-    depth = 16 if problem.depth > 8 else 8
-    found = [Tile(False, *sizes, depth, 2) for sizes in _ORDINARY]
+    tensor = problem.operation != "" and problem.operation == gpu.bit_product and problem.rows >= MIN_FRAGMENT_ROWS
+    found = []
+    for sizes in _TENSOR if tensor else _ORDINARY:
+        depths = (32, 16, 8) if tensor else (16, 8)
+        depth = next((d for d in depths if d // 2 < problem.depth), depths[-1])
+        steps = math.ceil(problem.depth / depth) * problem.pairs
+        stages = min(3 if gpu.async_copy else 2, steps + 1)
+        tile = Tile(tensor, *sizes, depth, stages)
+        while 4 * tile.shared_words > _SHARED and tile.depth > depths[-1]:
+            tile = replace(tile, depth=tile.depth // 2)
+        found.append(tile)
 
     def blocks_of(tile: Tile) -> int:
         rows, columns = tile.block

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from tvm_ops.bitplanes import WORD_BITS
-from tvm_ops.gemm_kernel import LANES, blocks, unravel
+from tvm_ops.gemm_kernel import LANES, blocks, unravel, with_body
 from tvm_ops.ops import bitpack
 
 _WARPS = 4
@@ -40,4 +40,4 @@ def write(func: Any) -> Any:
             T.buffer_store(mine, vote if i == 0 else tirx.Select(lane == i, vote, mine[0]), [0])
         with T.If(tirx.all(lane < _WORDS, first + lane < total)), T.Then():
             T.buffer_store(words.buffer, mine[0], words.indices(*unravel(first + lane, extents), 0))
-    return func.with_body(builder.get().body)
+    return with_body(func, builder.get().body)

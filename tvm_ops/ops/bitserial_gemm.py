@@ -37,14 +37,14 @@ FRAGMENT_WORDS = 8
 _ALWAYS_LESS = 1 << 30  # more than any sum that float32 holds
 
 
-_MIN_ROWS = 16
+MIN_FRAGMENT_ROWS = 16
 """With fewer output pixels, a row of fragments of the tensor cores would be mostly empty."""
 
 
 def operation(target: Target, pixels: int) -> Literal["and", "xor"]:
     """What a product of so many rows does to pairs of words before it counts."""
     assert target.gpu is not None
-    return "and" if target.gpu.bit_product == "and" and pixels >= _MIN_ROWS else "xor"
+    return "and" if target.gpu.bit_product == "and" and pixels >= MIN_FRAGMENT_ROWS else "xor"
 
 
 @dataclass(frozen=True)
