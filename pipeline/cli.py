@@ -235,7 +235,7 @@ def tune(
 
     chosen = targets.load(target)
     folder = tuning.records_folder(records, chosen, threads)
-    lowered = compiler.lower(importer.load(model, batch))
+    lowered = compiler.lower(importer.load(model, batch, chosen))
     with _progress("tuning") as advance:
         tuned = tuning.tune(
             lowered,

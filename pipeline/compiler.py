@@ -14,8 +14,7 @@ from tvm.s_tir import meta_schedule as ms
 from pipeline import cuda_kernel, program
 from pipeline.cuda_kernel import Kernel
 from targets import Target
-from tvm_ops import adder_network, byte_sums
-from tvm_ops.schedule_cpu import schedule
+from tvm_ops import adder_network, byte_sums, schedule_cpu, schedule_cuda
 
 
 def lower(mod: tvm.IRModule) -> tvm.IRModule:
@@ -33,10 +32,13 @@ def lower(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 def default_schedule(mod: tvm.IRModule, target: Target, threads: int) -> Any:
-    """An ``s_tir.Schedule`` of the function ``main`` of ``mod``, by the rule of `tvm_ops.schedule_cpu`."""
+    """An ``s_tir.Schedule`` of the function ``main`` of ``mod``, by the rule of `schedule_cpu` or `schedule_cuda`."""
     sch = Schedule(mod)  # of the module as it is: a schedule of ``func.with_attr(..)`` changes ``func`` too
-    schedule(sch, target, threads)
-    return sch
+    if target.gpu is None:
+        schedule_cpu.schedule(sch, target, threads)
+        return sch
+    schedule_cuda.schedule(sch, target)
+    return Schedule(schedule_cuda.written(sch.mod, target))
 
 
 def open_records(folder: Path, target: Target) -> Any:

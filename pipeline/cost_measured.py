@@ -128,7 +128,7 @@ def _build(shape: tuple[int, ...], weight: np.ndarray, scale: np.ndarray | None)
     batch, height, width, channels = shape
     pad = weight.shape[-1] // 2
     variable = relax.Var("x", relax.TensorType(shape, "float32"))
-    emitter = Emitter(relax.BlockBuilder())
+    emitter = Emitter(relax.BlockBuilder(), targets.host())
     with emitter.builder.function("main", [variable]):
         with emitter.builder.dataflow():
             value: Any = Channelwise(Real(emitter, variable, (batch, channels, height, width)))

@@ -21,6 +21,7 @@ from tvm import relax, te, tirx
 
 from pipeline import onnx_file
 from pipeline.values import (
+    OUT_ELEMENTWISE_FUSABLE,
     Channelwise,
     Codes,
     Constant,
@@ -34,9 +35,10 @@ from pipeline.values import (
     Sum,
     Value,
 )
+from targets import Target
 from tvm_ops import opset
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, decode, odd, unpack, unsigned
-from tvm_ops.ops import bitweight_conv2d, quantize, stacked_conv2d
+from tvm_ops.ops import bitweight_conv2d, implicit_gemm, quantize, stacked_conv2d
 from tvm_ops.ops.bitserial_conv2d import Geometry
 from tvm_ops.output_transform import Step, product
 
@@ -44,15 +46,17 @@ Attributes = dict[str, Any]
 Handler = Callable[[Emitter, Sequence[Any], Attributes], Value]
 
 
-def load(path: Path, batch: int = 1) -> tvm.IRModule:
+def load(path: Path, batch: int, target: Target) -> tvm.IRModule:
     """The Relax module of an ONNX file for a fixed batch: function ``main``, inputs and outputs as in the file.
+
+    Kernels compute what suits the kind of ``target``, a CPU or a GPU.
 
     Raises:
         ValueError: the file is no ONNX model, or uses what is not supported (the sentence names the node).
     """
     model = onnx_file.read(path, batch)
     graph = model.graph
-    emitter = Emitter(relax.BlockBuilder())
+    emitter = Emitter(relax.BlockBuilder(), target)
     values: dict[str, Value] = {}
     parameters = []
     for graph_input in graph.inputs:
@@ -278,6 +282,8 @@ def _conv(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
         return _add_bias(e, product, bias)
     if isinstance(x, Codes) and groups != 1:
         raise ValueError(f"a convolution of codes with group = {groups} is not supported: use group = 1")
+    if e.target.gpu is not None and groups == 1:
+        return _add_bias(e, _gemm_of_floats(e, x.real(), weight.array, geometry, shape), bias)
     conv = relax.op.nn.conv2d(
         x.real(),
         relax.const(np.ascontiguousarray(weight.array.transpose(2, 3, 1, 0))),
@@ -292,6 +298,18 @@ def _conv(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     return _add_bias(e, _real(e, conv, shape), bias)
 
 
+def _gemm_of_floats(
+    e: Emitter, x: relax.Expr, weights: np.ndarray, geometry: Geometry, shape: Sequence[int]
+) -> Channelwise:
+    """The convolution of x [N, H, W, C] with weights [O, C, KH, KW] on a GPU."""
+
+    def compute(*tensors: Any) -> Any:
+        return implicit_gemm.compute(geometry, *tensors)
+
+    out = e.te("gemm", compute, x, implicit_gemm.rows(weights), op_pattern=OUT_ELEMENTWISE_FUSABLE)
+    return _real(e, relax.op.reshape(out, list(shape)) if len(shape) == 2 else out, shape)
+
+
 def _gemm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     x, weight, bias = [*inputs, None][:3]
     if a.get("alpha", 1.0) != 1.0 or a.get("beta", 1.0) != 1.0 or a.get("transA", 0):
@@ -303,6 +321,10 @@ def _gemm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     product = _product(e, x, Constant(rows[:, :, None, None]), Geometry((1, 1), (1, 1)), shape)
     if product is not None:
         return _add_bias(e, product, bias)
+    if e.target.gpu is not None:
+        pixels = e.op(relax.op.reshape(x.real(), (x.shape[0], 1, 1, x.shape[1])))
+        value = _gemm_of_floats(e, pixels, rows[:, :, None, None], Geometry((1, 1), (1, 1)), shape)
+        return _add_bias(e, value, bias)
     dense = relax.op.matmul(x.real(), relax.const(np.ascontiguousarray(rows.T)))
     return _add_bias(e, _real(e, dense, shape), bias)
 

@@ -64,7 +64,7 @@ def compile_network(
         tune.check_records(records, target, threads)
     folder = folder.absolute()
     name = c_names.check_library(name or re.sub(r"\W", "_", folder.name)) if emit != "vm" else folder.name
-    lowered = compiler.lower(importer.load(model, batch))
+    lowered = compiler.lower(importer.load(model, batch, target))
     inputs, outputs = golden_pair(model, batch)
     manifest = Manifest(
         schema_version=artifact.SCHEMA,

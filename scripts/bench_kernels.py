@@ -54,7 +54,7 @@ def convolution(case: str, variant: str, rng: np.random.Generator):
     packed = variant != "float_io"
     argument = bitplanes.pack(x >= 0)[..., None, :] if packed else x
     variable = relax.Var("x", relax.TensorType(argument.shape, str(argument.dtype)))
-    emitter = Emitter(relax.BlockBuilder())
+    emitter = Emitter(relax.BlockBuilder(), targets.host())
     scale, shift = rng.uniform(0.01, 1, channels).astype(np.float32), rng.normal(0, 20, channels).astype(np.float32)
     steps = {
         "kernel": (),

@@ -58,8 +58,9 @@ def compiled(path: Path, inputs: list[np.ndarray], target: str = "host", threads
     """The outputs of an ONNX file, compiled and run in this process."""
     from tvm import cpu, relax, runtime
 
-    lowered = compiler.lower(importer.load(path, len(inputs[0])))
-    executable, _, _ = compiler.build(lowered, targets.load(target), threads)
+    chosen = targets.load(target)
+    lowered = compiler.lower(importer.load(path, len(inputs[0]), chosen))
+    executable, _, _ = compiler.build(lowered, chosen, threads)
     result = relax.VirtualMachine(executable.jit(), cpu())["main"](*map(runtime.tensor, inputs))
     return [r.numpy() for r in ([result] if isinstance(result, runtime.Tensor) else result)]
 

@@ -321,7 +321,7 @@ def test_wrong_commands(command: str, sentence: str, crossbit: Crossbit, model: 
 
 
 def tuned(model: Path, target: Target, records: Path, trials: int, **options: object) -> list[tune.Tuned]:
-    lowered = compiler.lower(importer.load(model))
+    lowered = compiler.lower(importer.load(model, 1, target))
     return tune.tune(lowered, target, 1, records, trials, 0, **options)  # type: ignore[arg-type]
 
 

@@ -363,7 +363,7 @@ def test_what_c_has_no_word_for(compute: Callable[..., Any], dtype: str, words: 
 
 def test_the_adder_network_is_one_cpus(small_model: Path) -> None:
     """Kernels that count as x86 does, from tuning records for instance."""
-    lowered = compiler.lower(importer.load(small_model, 1))
+    lowered = compiler.lower(importer.load(small_model, 1, targets.load("x86-avx2")))
     scheduled, _, _ = compiler.scheduled(lowered, targets.load("x86-avx2"), 1)
     made = program.make(scheduled, ("y",), "net", tvm.target.Target(C), 1, 2048)
     functions = {part.symbol: part.function for k in made.kernels for part in k.parts}

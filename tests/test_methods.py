@@ -111,7 +111,7 @@ def test_stacked_filters_of_real_activations_are_refused(tmp_path: Path) -> None
     layer = StackedConv2d(64, 32, 3, segments=2, bank=4, activation="real")
     export(layer, (64, 5, 5), tmp_path / "model.onnx")
     with pytest.raises(ValueError, match="stacked filters with real activations are not compiled: quantise the act"):
-        importer.load(tmp_path / "model.onnx")
+        importer.load(tmp_path / "model.onnx", 1, targets.host())
 
 
 def test_a_library_holds_the_bank_and_not_its_filters(tmp_path: Path) -> None:
@@ -122,7 +122,8 @@ def test_a_library_holds_the_bank_and_not_its_filters(tmp_path: Path) -> None:
         ("selected", StackedConv2d(512, 512, 3, segments=2, bank=64)),
     ):
         export(layer, (512, 4, 4), tmp_path / "model.onnx")
-        executable, _, _ = compiler.build(compiler.lower(importer.load(tmp_path / "model.onnx")), targets.host(), 1)
+        lowered = compiler.lower(importer.load(tmp_path / "model.onnx", 1, targets.host()))
+        executable, _, _ = compiler.build(lowered, targets.host(), 1)
         executable.export_library(str(tmp_path / f"{name}.so"))
         sizes[name] = (tmp_path / f"{name}.so").stat().st_size
     print(sizes)

@@ -48,7 +48,7 @@ class Run:
     def again(self, trials: int = TRIALS) -> tuple[list[Tuned], list[tuple[str, int, int]]]:
         """Tune; also what was told while at it."""
         told: list[tuple[str, int, int]] = []
-        lowered = compiler.lower(importer.load(self.model))
+        lowered = compiler.lower(importer.load(self.model, 1, self.target))
         tuned = tune.tune(lowered, self.target, 1, self.records, trials, 0, lambda *event: told.append(event))
         return tuned, told
 
@@ -187,7 +187,7 @@ def test_records_of_another_target_or_thread_count_are_refused(
 
 def test_tuning_does_not_touch_the_records_of_another_target(small_model: Path, tmp_path: Path) -> None:
     folder = records_for(tmp_path / "records", "gone", 1)
-    lowered = compiler.lower(importer.load(small_model))
+    lowered = compiler.lower(importer.load(small_model, 1, targets.host()))
     with pytest.raises(ValueError, match="these records are for gone with 1 threads"):
         tune.tune(lowered, targets.host(), 1, folder, 2, 0)
     assert [f.name for f in folder.iterdir()] == ["target.json"]
@@ -200,7 +200,7 @@ def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
 
 def test_a_target_that_does_not_run_here_is_not_measured(small_model: Path, tmp_path: Path) -> None:
     foreign = replace(targets.host(), features=targets.host().features | {"flying"})
-    lowered = compiler.lower(importer.load(small_model))
+    lowered = compiler.lower(importer.load(small_model, 1, targets.host()))
     with pytest.raises(ValueError, match=f"target {foreign.name} cannot be measured here: this machine lacks flying"):
         tune.tune(lowered, foreign, 1, tmp_path / "records", 2, 0)
     assert not (tmp_path / "records").exists()

@@ -1,0 +1,168 @@
+"""The schedule of every operator on a GPU.
+
+Matrix products (`implicit_gemm`) and packings become kernels that are written out (`gemm_kernel`, `pack_kernel`): what
+is scheduled is which tile they have. Everything else is a thread an output; sums to few outputs are shared between the
+threads of a warp. No tensor between the stages of a function is ever stored in global memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tvm_ffi
+
+from targets import Target
+from tvm_ops import gemm_kernel, pack_kernel
+from tvm_ops.gemm_kernel import LANES, Tile
+from tvm_ops.ops import bitpack, implicit_gemm
+
+_THREADS = 256
+_DATA_PARALLEL, _REDUCTION = 0, 2
+_KEPT = {implicit_gemm.BLOCK, implicit_gemm.PATCHES, implicit_gemm.FILTERS, bitpack.FLAGS}
+# A grid of fewer blocks leaves multiprocessors idle; the largest of today's GPUs have some 130.
+_MIN_BLOCKS = 128
+
+
+def schedule(sch: Any, target: Target, sample: bool = False) -> None:
+    """Schedule the function ``main`` of ``sch``, an ``s_tir.Schedule``, in place; `written` finishes it.
+
+    Args:
+        sample: draw the tile of a matrix product instead of applying the rule.
+    """
+    blocks = _inline(sch)
+    names = {str(sch.get(block).name_hint) for block in blocks}
+    if implicit_gemm.BLOCK in names:
+        _choose_tile(sch, target, sample)
+    elif bitpack.FLAGS not in names:
+        _schedule_reduction_or_map(sch, blocks)
+
+
+def written(mod: Any, target: Target) -> Any:
+    """A scheduled module with its matrix products and packings written out, and floats rounded as on CPUs."""
+    from tvm.tirx.transform import ForceNarrowIndexToInt32
+
+    assert target.gpu is not None
+    mod = ForceNarrowIndexToInt32()(mod)
+    func = mod["main"]
+    found = gemm_kernel.blocks(func)
+    if implicit_gemm.BLOCK in found:
+        tile = Tile.of(found[implicit_gemm.BLOCK].annotations["tile"])
+        func = gemm_kernel.write(func, tile, target.gpu)
+    elif bitpack.FLAGS in found:
+        func = pack_kernel.write(func)
+    mod = mod.clone()
+    mod["main"] = func.with_body(_rounded(func.body))
+    return mod
+
+
+def _rounded(body: Any) -> Any:
+    """A body whose products are rounded before they are added, and whose maximum with a NaN is that on CPUs.
+
+    nvcc contracts a product and a sum, and its max drops a NaN; LLVM returns the second operand.
+    """
+    from tvm import tirx
+    from tvm.ir import Call
+
+    def call(value: Any) -> Any:
+        name = getattr(value.op, "name", "")
+        if name == "tirx.call_llvm_pure_intrin":  # of `output_transform.product`, the only one on a GPU
+            product = value.args[-1]
+            return tirx.call_pure_extern("float32", "__fmul_rn", product.a, product.b)
+        return value
+
+    def larger(value: Any) -> Any:
+        return tirx.Select(value.a > value.b, value.a, value.b) if _is_float(value) else value
+
+    def smaller(value: Any) -> Any:
+        return tirx.Select(value.a < value.b, value.a, value.b) if _is_float(value) else value
+
+    return tvm_ffi.structural_map(body, [(Call, call), (tirx.Max, larger), (tirx.Min, smaller)])
+
+
+def _is_float(value: Any) -> bool:
+    return "float" in str(value.ty.dtype)
+
+
+def _inline(sch: Any) -> list[Any]:
+    """Inline every map into its readers, but not what kernels that are written out make themselves."""
+    left = []
+    for block in sch.get_child_blocks(sch.get_sblock("root")):
+        consumers = sch.get_consumers(block)
+        kept = _is_reduction(sch, block) or not consumers or str(sch.get(block).name_hint) in _KEPT
+        if kept:
+            left.append(block)
+        else:
+            sch.compute_inline(block)
+    return left
+
+
+def _is_reduction(sch: Any, block: Any) -> bool:
+    return any(v.iter_type == _REDUCTION for v in sch.get(block).iter_vars)
+
+
+def _choose_tile(sch: Any, target: Target, sample: bool) -> None:
+    block = sch.get_sblock(implicit_gemm.BLOCK)
+    tiles = gemm_kernel.tiles(sch.mod["main"], target.gpu)
+    if sample:
+        raise NotImplementedError
+    sch.annotate(block, "tile", gemm_kernel.annotation(tiles[0]))
+
+
+def _schedule_reduction_or_map(sch: Any, blocks: list[Any]) -> None:
+    reductions = [block for block in blocks if _is_reduction(sch, block)]
+    if len(reductions) > 1:
+        raise ValueError("several sums in one function: it is to be scheduled by TVM's rule")
+    last = blocks[-1]
+    if not reductions:
+        _bind(sch, sch.get_loops(last))
+        return
+    (main,) = reductions
+    spatial = [v for v in sch.get(last).iter_vars if v.iter_type == _DATA_PARALLEL]
+    outputs = math.prod(int(v.dom.extent) for v in spatial)
+    summed = math.prod(int(v.dom.extent) for v in sch.get(main).iter_vars if v.iter_type == _REDUCTION)
+    alone = sch.get(last).same_as(sch.get(main))
+    if outputs < _MIN_BLOCKS * LANES and summed >= LANES:  # too few for a thread each
+        _sum_across(sch, main, None if alone else last)
+        return
+    if alone:
+        loops = sch.get_loops(main)
+        _bind(sch, loops[: len(spatial)])
+    else:
+        thread = _bind(sch, sch.get_loops(last))
+        sch.compute_at(main, thread, preserve_unit_loops=True)
+        sch.set_scope(main, 0, "local")
+
+
+def _sum_across(sch: Any, main: Any, consumer: Any) -> None:
+    """A warp a sum, and what follows it on all lanes."""
+    spatial = sum(v.iter_type == _DATA_PARALLEL for v in sch.get(main).iter_vars)
+    if consumer is not None:
+        row = _bind_warps(sch, sch.get_loops(consumer))
+        sch.compute_at(main, row, preserve_unit_loops=True)
+        sch.set_scope(main, 0, "shared")
+        reduced = sch.get_loops(main)[-(len(sch.get(main).iter_vars) - spatial) :]
+    else:
+        loops = sch.get_loops(main)
+        reduced = loops[spatial:]
+        _bind_warps(sch, loops[:spatial])
+    fused = sch.fuse(*reduced) if len(reduced) > 1 else reduced[0]
+    _, lane = sch.split(fused, [None, LANES])
+    sch.bind(lane, "threadIdx.x")
+
+
+def _bind_warps(sch: Any, loops: list[Any]) -> Any:
+    fused = sch.fuse(*loops) if len(loops) > 1 else loops[0]
+    block, warp = sch.split(fused, [None, 4])
+    sch.bind(block, "blockIdx.x")
+    sch.bind(warp, "threadIdx.y")
+    return warp
+
+
+def _bind(sch: Any, loops: list[Any]) -> Any:
+    """A thread an output; returns its loop."""
+    fused = sch.fuse(*loops) if len(loops) > 1 else loops[0]
+    block, thread = sch.split(fused, [None, min(_THREADS, int(sch.get(fused).extent))])
+    sch.bind(block, "blockIdx.x")
+    sch.bind(thread, "threadIdx.x")
+    return thread
