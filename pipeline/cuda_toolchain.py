@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.toolchain import run
 from targets import Target
 
+_PREFIX = "/usr/local/cuda"  # of NVIDIA's packages for Linux
 _INSTALL = (
     "run `pip install crossbit[cuda]` (CUDA 13.0), or install NVIDIA's CUDA toolkit and put nvcc on PATH or its folder "
     "in CUDA_PATH"
@@ -107,7 +108,7 @@ def find(target: Target) -> Nvcc:
 def _installed() -> Iterator[Path]:
     wheels = importlib.util.find_spec("nvidia")
     folders = [Path(folder) / "cu13" for folder in (wheels.submodule_search_locations or [])] if wheels else []
-    folders += [Path(folder) for folder in (os.environ.get("CUDA_PATH"), "/usr/local/cuda") if folder]
+    folders += [Path(folder) for folder in (os.environ.get("CUDA_PATH"), _PREFIX) if folder]
     on_path = shutil.which("nvcc")
     for nvcc in [*(folder / "bin" / "nvcc" for folder in folders), *([Path(on_path)] if on_path else [])]:
         if nvcc.is_file():

@@ -94,6 +94,8 @@ def tune(
         ValueError: the folder's records are another target's, or the CPU cannot run the target.
         ValueError, OSError: the board went away; what was found is in ``records``.
     """
+    if target.gpu is not None:
+        raise ValueError(f"target {target.name}: kernels for GPUs have their schedules by rule, and are not tuned yet")
     _check_machine(target, board, warn)
     records.mkdir(parents=True, exist_ok=True)
     if (records / _IDENTITY).exists():

@@ -66,7 +66,7 @@ def networks(quick: bool) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     small = {"digits": (digits, (1, 8, 8)), "ternary": block(64, 14, conv(activation="tbn"))}
     if quick:
         return small
-    stacked = StackedConv2d(64, 64, 3, padding=1, segments=4, bank_ratio=2)
+    stacked = StackedConv2d(64, 64, 3, padding=1, segments=4, bank=32)
     return small | {
         "2 x 2 bits": block(64, 14, conv(**TWO_BITS)),
         "weights only": block(64, 14, conv(activation="real")),

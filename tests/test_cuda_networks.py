@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,18 @@ from networks import randomise
 from torch import nn
 
 import targets
-from pipeline import artifact, models, session
+from pipeline import artifact, models, quantizers, session
 from pipeline.artifact import Emit
 from pipeline.export import export
 from pipeline.layers import QuantConv2d, QuantLinear
 from pipeline.models import Quantize
 from pipeline.packaging import compile_network, oracle
+from pipeline.stacked import StackedConv2d
 
-METHODS: dict[str, dict[str, Any]] = {
-    "xnor": {},
-    "xnor-cf": {"group": 16},
-    "bnn": {"weight": "bc", "activation": "xnor"},
-    "tbn": {"activation": "tbn"},
-    "twn": {"weight": "twn", "activation": "real"},
-    "ttq": {"weight": "ttq", "activation": "tbn"},
-    "dorefa 2x2": {
-        "weight": "dorefa",
-        "weight_options": {"bits": 2},
-        "activation": "dorefa",
-        "activation_options": {"bits": 2},
-    },
-    "horq": {"activation": "horq"},
-    "bwn": {"activation": "real"},
-}
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++ (apt-get install g++)"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -77,13 +67,15 @@ def test_digits(target: str, seed: int, tmp_path: Path) -> None:
     assert manifest.kernels >= len(manifest.layers)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*quantizers.methods(), "stacked"])
 def test_a_network_of_every_method(method: str, rng: np.random.Generator, tmp_path: Path) -> None:
-    options = METHODS[method]
+    found = quantizers.methods().get(method)
+    options: dict[str, Any] = {"weight": found.weight, "activation": found.activation} if found else {}
+    stacked = StackedConv2d(40, 48, 3, padding=1, segments=4, bank=32)
     model = nn.Sequential(
         nn.Conv2d(3, 40, 3, padding=1),
         nn.BatchNorm2d(40),
-        QuantConv2d(40, 48, 3, padding=1, **options),
+        QuantConv2d(40, 48, 3, padding=1, **options) if found else stacked,
         nn.BatchNorm2d(48),
         nn.ReLU(),
         nn.MaxPool2d(2),
