@@ -195,6 +195,8 @@ void write_shared(uint32_t address, size_t bytes, bool certain) {
 }
 
 void check_tensor(const char* p, size_t bytes, const char* verb) {
+  static const bool unknown = getenv("CUDA_EMULATOR_ANY_MEMORY");  // of an app that allocates behind our back
+  if (unknown) return;
   for (const Range& r : tensors)
     if (p >= r.begin && p + bytes <= r.begin + r.bytes) return;
   std::string where = "memory that is in no tensor of the call";
