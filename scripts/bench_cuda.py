@@ -221,7 +221,7 @@ def _link(library: Path, source: str, gpus: tuple[str, ...], nvcc: Any) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         kernels = Path(temporary) / "kernels.o"
         nvcc.compile(source, kernels, gpus)
-        nvcc.link_shared(str(library), [str(kernels)])
+        nvcc.link_shared(str(library), [str(kernels)], "-Xlinker", "-s")
 
 
 # The driver, by ctypes -----------------------------------------------------------------------------------------------
