@@ -21,11 +21,11 @@ from tvm import relax, te, tirx
 
 from pipeline import onnx_file
 from pipeline.values import (
-    OUT_ELEMENTWISE_FUSABLE,
     Channelwise,
     Codes,
     Constant,
     Emitter,
+    FloatSum,
     MaxPool,
     Real,
     RealSum,
@@ -38,7 +38,7 @@ from pipeline.values import (
 from targets import Target
 from tvm_ops import opset
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, decode, odd, unpack, unsigned
-from tvm_ops.ops import bitweight_conv2d, implicit_gemm, quantize, stacked_conv2d
+from tvm_ops.ops import bitweight_conv2d, quantize, stacked_conv2d
 from tvm_ops.ops.bitserial_conv2d import Geometry
 from tvm_ops.output_transform import Step, product
 
@@ -283,7 +283,7 @@ def _conv(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     if isinstance(x, Codes) and groups != 1:
         raise ValueError(f"a convolution of codes with group = {groups} is not supported: use group = 1")
     if e.target.gpu is not None and groups == 1:
-        return _add_bias(e, _gemm_of_floats(e, x.real(), weight.array, geometry, shape), bias)
+        return _add_bias(e, Channelwise(FloatSum(e, x, weight.array, geometry, shape)), bias)
     conv = relax.op.nn.conv2d(
         x.real(),
         relax.const(np.ascontiguousarray(weight.array.transpose(2, 3, 1, 0))),
@@ -298,18 +298,6 @@ def _conv(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     return _add_bias(e, _real(e, conv, shape), bias)
 
 
-def _gemm_of_floats(
-    e: Emitter, x: relax.Expr, weights: np.ndarray, geometry: Geometry, shape: Sequence[int]
-) -> Channelwise:
-    """The convolution of x [N, H, W, C] with weights [O, C, KH, KW] on a GPU."""
-
-    def compute(*tensors: Any) -> Any:
-        return implicit_gemm.compute(geometry, *tensors)
-
-    out = e.te("gemm", compute, x, implicit_gemm.rows(weights), op_pattern=OUT_ELEMENTWISE_FUSABLE)
-    return _real(e, relax.op.reshape(out, list(shape)) if len(shape) == 2 else out, shape)
-
-
 def _gemm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     x, weight, bias = [*inputs, None][:3]
     if a.get("alpha", 1.0) != 1.0 or a.get("beta", 1.0) != 1.0 or a.get("transA", 0):
@@ -322,9 +310,8 @@ def _gemm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     if product is not None:
         return _add_bias(e, product, bias)
     if e.target.gpu is not None:
-        pixels = e.op(relax.op.reshape(x.real(), (x.shape[0], 1, 1, x.shape[1])))
-        value = _gemm_of_floats(e, pixels, rows[:, :, None, None], Geometry((1, 1), (1, 1)), shape)
-        return _add_bias(e, value, bias)
+        sums = FloatSum(e, x, rows[:, :, None, None], Geometry((1, 1), (1, 1)), shape)
+        return _add_bias(e, Channelwise(sums), bias)
     dense = relax.op.matmul(x.real(), relax.const(np.ascontiguousarray(rows.T)))
     return _add_bias(e, _real(e, dense, shape), bias)
 
