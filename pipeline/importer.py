@@ -21,6 +21,7 @@ from tvm import relax, te, tirx
 
 from pipeline import onnx_file
 from pipeline.values import (
+    OUT_ELEMENTWISE_FUSABLE,
     Channelwise,
     Codes,
     Constant,
@@ -38,7 +39,7 @@ from pipeline.values import (
 from targets import Target
 from tvm_ops import opset
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, decode, odd, unpack, unsigned
-from tvm_ops.ops import bitweight_conv2d, quantize, stacked_conv2d
+from tvm_ops.ops import bitweight_conv2d, float_conv2d, quantize, stacked_conv2d
 from tvm_ops.ops.bitserial_conv2d import Geometry
 from tvm_ops.output_transform import Step, product
 
@@ -47,9 +48,9 @@ Handler = Callable[[Emitter, Sequence[Any], Attributes], Value]
 
 
 def load(path: Path, batch: int, target: Target) -> tvm.IRModule:
-    """The Relax module of an ONNX file for a fixed batch: function ``main``, inputs and outputs as in the file.
+    """The Relax module of an ONNX file for a fixed batch and a target, by which operators choose how weights lie.
 
-    Kernels compute what suits the kind of ``target``, a CPU or a GPU.
+    Its function ``main`` has the inputs and outputs of the file.
 
     Raises:
         ValueError: the file is no ONNX model, or uses what is not supported (the sentence names the node).
@@ -284,6 +285,12 @@ def _conv(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
         raise ValueError(f"a convolution of codes with group = {groups} is not supported: use group = 1")
     if e.target.gpu is not None and groups == 1:
         return _add_bias(e, Channelwise(FloatSum(e, x, weight.array, geometry, shape)), bias)
+    if groups == 1:
+
+        def compute(image: Any, weights: Any) -> Any:
+            return float_conv2d.compute(geometry, shape[1], image, weights)
+
+        return _add_bias(e, _float_sums(e, "conv2d", compute, x, weight.array, shape), bias)
     conv = relax.op.nn.conv2d(
         x.real(),
         relax.const(np.ascontiguousarray(weight.array.transpose(2, 3, 1, 0))),
@@ -312,8 +319,16 @@ def _gemm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     if e.target.gpu is not None:
         sums = FloatSum(e, x, rows[:, :, None, None], Geometry((1, 1), (1, 1)), shape)
         return _add_bias(e, Channelwise(sums), bias)
-    dense = relax.op.matmul(x.real(), relax.const(np.ascontiguousarray(rows.T)))
-    return _add_bias(e, _real(e, dense, shape), bias)
+
+    def compute(vectors: Any, weights: Any) -> Any:
+        return float_conv2d.compute_dense(shape[1], vectors, weights)
+
+    return _add_bias(e, _float_sums(e, "dense", compute, x, rows[:, :, None, None], shape), bias)
+
+
+def _float_sums(e: Emitter, kind: str, compute: Any, x: Value, weights: np.ndarray, shape: tuple[int, ...]) -> Value:
+    packed = float_conv2d.pack_weight(weights)
+    return Channelwise(Real(e, e.te(kind, compute, x.real(), packed, op_pattern=OUT_ELEMENTWISE_FUSABLE), shape))
 
 
 def _batch_norm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:

@@ -29,6 +29,7 @@ from tvm_ops.ops import (
     bitserial_gemm,
     bitweight_conv2d,
     implicit_gemm,
+    max_pool2d,
     stacked_conv2d,
 )
 from tvm_ops.ops.bitserial_conv2d import Geometry, Product
@@ -373,12 +374,8 @@ class MaxPool:
         return self.emitter.te("binary_max_pool2d", compute, words, invert)
 
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
-        g = self.geometry
-        pooled = relax.op.nn.max_pool2d(
-            self.of.real(), g.kernel, g.strides, list(g.pads), g.dilations, layout="NHWC", out_layout="NHWC"
-        )
-        out = self.emitter.op(pooled)
-        return Real(self.emitter, out, self.shape).stepped(steps, finish)
+        pooled = self.emitter.te("max_pool2d", lambda x: max_pool2d.compute(self.geometry, x), self.of.real())
+        return Real(self.emitter, pooled, self.shape).stepped(steps, finish)
 
 
 @dataclass(frozen=True, eq=False)

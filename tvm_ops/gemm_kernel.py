@@ -58,7 +58,8 @@ class Tile:
     def of(cls, number: int) -> Tile:
         """The tile of a number."""
         tensor, *logarithms, stages = (int(digit, 16) for digit in f"{number:08x}")
-        return cls(bool(tensor), *(1 << digit for digit in logarithms), stages)
+        rows, columns, down, across, split, depth = (1 << digit for digit in logarithms)
+        return cls(bool(tensor), rows, columns, down, across, split, depth, stages)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -95,9 +96,7 @@ def _loads(expression: Any, buffer: Any, value: Any) -> Any:
     """An expression whose loads from ``buffer`` are ``value``."""
     from tvm.ir import TensorLoad
 
-    return tvm_ffi.structural_map(
-        expression, (TensorLoad, lambda load: value if load.source.same_as(buffer) else load)
-    )
+    return tvm_ffi.structural_map(expression, (TensorLoad, lambda load: value if load.source.same_as(buffer) else load))
 
 
 class Block:
@@ -592,7 +591,8 @@ class _OrdinaryCores(_Sums):
 def _inside(problem: Problem, tile: Tile, m: Any, o: Any) -> list[Any]:
     """Conditions that a row and a column exist."""
     rows, columns = tile.block
-    return ([m < problem.rows] if problem.rows % rows else []) + ([o < problem.columns] if problem.columns % columns else [])
+    down = [m < problem.rows] if problem.rows % rows else []
+    return down + ([o < problem.columns] if problem.columns % columns else [])
 
 
 class _TensorCores(_Sums):
@@ -757,9 +757,7 @@ class _TensorCores(_Sums):
             there += [m < problem.rows] if problem.rows % self.tile.block[0] else []
             there += [word < extents[-2]] if extents[-2] * WORD_BITS % self.tile.block[1] else []
             with _if(tirx.all(*there)):
-                T.buffer_store(
-                    problem.last.buffer, made, problem.last.indices(*unravel(m, extents[:-2]), word, 0)
-                )
+                T.buffer_store(problem.last.buffer, made, problem.last.indices(*unravel(m, extents[:-2]), word, 0))
 
 
 # Choosing a tile -------------------------------------------------------------------------------------------------
