@@ -26,6 +26,7 @@ from pipeline.values import (
     Codes,
     Constant,
     Emitter,
+    FloatSum,
     MaxPool,
     Real,
     RealSum,
@@ -38,7 +39,7 @@ from pipeline.values import (
 from targets import Target
 from tvm_ops import opset
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, decode, odd, unpack, unsigned
-from tvm_ops.ops import bitweight_conv2d, implicit_gemm, quantize, stacked_conv2d
+from tvm_ops.ops import bitweight_conv2d, float_conv2d, quantize, stacked_conv2d
 from tvm_ops.ops.bitserial_conv2d import Geometry
 from tvm_ops.output_transform import Step, product
 
@@ -47,9 +48,9 @@ Handler = Callable[[Emitter, Sequence[Any], Attributes], Value]
 
 
 def load(path: Path, batch: int, target: Target) -> tvm.IRModule:
-    """The Relax module of an ONNX file for a fixed batch: function ``main``, inputs and outputs as in the file.
+    """The Relax module of an ONNX file for a fixed batch and a target, by which operators choose how weights lie.
 
-    Kernels compute what suits the kind of ``target``, a CPU or a GPU.
+    Its function ``main`` has the inputs and outputs of the file.
 
     Raises:
         ValueError: the file is no ONNX model, or uses what is not supported (the sentence names the node).
@@ -283,7 +284,13 @@ def _conv(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     if isinstance(x, Codes) and groups != 1:
         raise ValueError(f"a convolution of codes with group = {groups} is not supported: use group = 1")
     if e.target.gpu is not None and groups == 1:
-        return _add_bias(e, _gemm_of_floats(e, x.real(), weight.array, geometry, shape), bias)
+        return _add_bias(e, Channelwise(FloatSum(e, x, weight.array, geometry, shape)), bias)
+    if groups == 1:
+
+        def compute(image: Any, weights: Any) -> Any:
+            return float_conv2d.compute(geometry, shape[1], image, weights)
+
+        return _add_bias(e, _float_sums(e, "conv2d", compute, x, weight.array, shape), bias)
     conv = relax.op.nn.conv2d(
         x.real(),
         relax.const(np.ascontiguousarray(weight.array.transpose(2, 3, 1, 0))),
@@ -298,18 +305,6 @@ def _conv(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     return _add_bias(e, _real(e, conv, shape), bias)
 
 
-def _gemm_of_floats(
-    e: Emitter, x: relax.Expr, weights: np.ndarray, geometry: Geometry, shape: Sequence[int]
-) -> Channelwise:
-    """The convolution of x [N, H, W, C] with weights [O, C, KH, KW] on a GPU."""
-
-    def compute(*tensors: Any) -> Any:
-        return implicit_gemm.compute(geometry, *tensors)
-
-    out = e.te("gemm", compute, x, implicit_gemm.rows(weights), op_pattern=OUT_ELEMENTWISE_FUSABLE)
-    return _real(e, relax.op.reshape(out, list(shape)) if len(shape) == 2 else out, shape)
-
-
 def _gemm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     x, weight, bias = [*inputs, None][:3]
     if a.get("alpha", 1.0) != 1.0 or a.get("beta", 1.0) != 1.0 or a.get("transA", 0):
@@ -322,11 +317,18 @@ def _gemm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     if product is not None:
         return _add_bias(e, product, bias)
     if e.target.gpu is not None:
-        pixels = e.op(relax.op.reshape(x.real(), (x.shape[0], 1, 1, x.shape[1])))
-        value = _gemm_of_floats(e, pixels, rows[:, :, None, None], Geometry((1, 1), (1, 1)), shape)
-        return _add_bias(e, value, bias)
-    dense = relax.op.matmul(x.real(), relax.const(np.ascontiguousarray(rows.T)))
-    return _add_bias(e, _real(e, dense, shape), bias)
+        sums = FloatSum(e, x, rows[:, :, None, None], Geometry((1, 1), (1, 1)), shape)
+        return _add_bias(e, Channelwise(sums), bias)
+
+    def compute(vectors: Any, weights: Any) -> Any:
+        return float_conv2d.compute_dense(shape[1], vectors, weights)
+
+    return _add_bias(e, _float_sums(e, "dense", compute, x, rows[:, :, None, None], shape), bias)
+
+
+def _float_sums(e: Emitter, kind: str, compute: Any, x: Value, weights: np.ndarray, shape: tuple[int, ...]) -> Value:
+    packed = float_conv2d.pack_weight(weights)
+    return Channelwise(Real(e, e.te(kind, compute, x.real(), packed, op_pattern=OUT_ELEMENTWISE_FUSABLE), shape))
 
 
 def _batch_norm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:

@@ -29,6 +29,7 @@ from tvm_ops.ops import (
     bitserial_gemm,
     bitweight_conv2d,
     implicit_gemm,
+    max_pool2d,
     stacked_conv2d,
 )
 from tvm_ops.ops.bitserial_conv2d import Geometry, Product
@@ -297,9 +298,7 @@ class RealSum:
         return Real(self.emitter, self.stepped(()), self.shape).words(steps)
 
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
-        x = self.of.real()
-        if len(self.shape) == 2:
-            x = self.emitter.op(relax.op.reshape(x, (self.shape[0], 1, 1, self.of.shape[1])))
+        x = _as_pixels(self.emitter, self.of)
         out = self._sums(x, steps, finish) if self.emitter.target.gpu is None else self._gemm(x, steps, finish)
         return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
 
@@ -326,6 +325,35 @@ class RealSum:
 
 
 @dataclass(frozen=True, eq=False)
+class FloatSum:
+    """The float sums of a convolution with float weights [O, C, KH, KW], on a GPU."""
+
+    emitter: Emitter
+    of: Value
+    weights: Array
+    geometry: Geometry
+    shape: Shape
+
+    def words(self, steps: Sequence[Step]) -> relax.Expr:
+        return Real(self.emitter, self.stepped(()), self.shape).words(steps)
+
+    def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
+        def compute(*tensors: Any) -> Any:
+            return implicit_gemm.compute(self.geometry, steps, *tensors, finish=finish)
+
+        x = _as_pixels(self.emitter, self.of)
+        rows, constants = implicit_gemm.rows(self.weights), [step.value for step in steps]
+        out = self.emitter.te("gemm", compute, x, rows, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE)
+        return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
+
+
+def _as_pixels(emitter: Emitter, value: Value) -> relax.Expr:
+    """A tensor as a map; [N, C] as one of 1x1 pixels."""
+    x = value.real()
+    return emitter.op(relax.op.reshape(x, (value.shape[0], 1, 1, value.shape[1]))) if len(value.shape) == 2 else x
+
+
+@dataclass(frozen=True, eq=False)
 class MaxPool:
     """The maximum over windows of a tensor that has not been asked for yet."""
 
@@ -346,19 +374,15 @@ class MaxPool:
         return self.emitter.te("binary_max_pool2d", compute, words, invert)
 
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
-        g = self.geometry
-        pooled = relax.op.nn.max_pool2d(
-            self.of.real(), g.kernel, g.strides, list(g.pads), g.dilations, layout="NHWC", out_layout="NHWC"
-        )
-        out = self.emitter.op(pooled)
-        return Real(self.emitter, out, self.shape).stepped(steps, finish)
+        pooled = self.emitter.te("max_pool2d", lambda x: max_pool2d.compute(self.geometry, x), self.of.real())
+        return Real(self.emitter, pooled, self.shape).stepped(steps, finish)
 
 
 @dataclass(frozen=True, eq=False)
 class Channelwise:
     """A base and the per-channel steps behind it."""
 
-    base: Real | Sum | RealSum | MaxPool
+    base: Real | Sum | RealSum | FloatSum | MaxPool
     steps: tuple[Step, ...] = ()
 
     @property

@@ -42,6 +42,7 @@ def convolution(case: str, variant: str, rng: np.random.Generator):
     """A variant as a Relax module, its input, and NumPy's output."""
     from tvm import relax
 
+    import targets
     from pipeline.values import Channelwise, Emitter, Real, Signs, Sum
     from tvm_ops import bitplanes
     from tvm_ops.ops.bitserial_conv2d import Geometry

@@ -58,7 +58,8 @@ def compiled(
 
     path = folder / "model.onnx"
     export(model, shape, path)
-    executable, _, _ = compiler.build(compiler.lower(importer.load(path, 1, targets.host())), targets.host(), threads=1)
+    host = targets.host()
+    executable, _, _ = compiler.build(compiler.lower(importer.load(path, 1, host)), host, threads=1)
     executable.export_library(str(folder / "model.so"))
     machine = relax.VirtualMachine(executable.jit(), tvm.cpu())
     x = (rng.integers(-64, 65, (1, *shape)) / 16).astype(np.float32)

@@ -122,8 +122,9 @@ def test_a_library_holds_the_bank_and_not_its_filters(tmp_path: Path) -> None:
         ("selected", StackedConv2d(512, 512, 3, segments=2, bank=64)),
     ):
         export(layer, (512, 4, 4), tmp_path / "model.onnx")
-        lowered = compiler.lower(importer.load(tmp_path / "model.onnx", 1, targets.host()))
-        executable, _, _ = compiler.build(lowered, targets.host(), 1)
+        host = targets.host()
+        lowered = compiler.lower(importer.load(tmp_path / "model.onnx", 1, host))
+        executable, _, _ = compiler.build(lowered, host, 1)
         executable.export_library(str(tmp_path / f"{name}.so"))
         sizes[name] = (tmp_path / f"{name}.so").stat().st_size
     print(sizes)

@@ -412,35 +412,34 @@ REFUSED: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], Inputs, st
 }
 
 
+def load(path: Path) -> Any:
+    return importer.load(path, 1, targets.host())
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_the_importer_refuses(case: str, tmp_path: Path) -> None:
     nodes, constants, inputs, sentences = REFUSED[case]
     path = save(tmp_path / "model.onnx", nodes, constants, inputs)
     for sentence in sentences.split("|"):
         with pytest.raises(ValueError, match=re.escape(sentence)) as refusal:
-            imported(path)
+            load(path)
         assert "\n" not in str(refusal.value)
 
 
 def test_what_is_supported_is_not_refused(tmp_path: Path) -> None:
     """The frame of the refusals itself is fine."""
     nodes, constants = binary_conv()
-    path = save(tmp_path / "model.onnx", nodes, constants)
-    assert imported(path)["main"] is not None
+    assert load(save(tmp_path / "model.onnx", nodes, constants))["main"] is not None
 
 
-def imported(path: Path) -> Any:
-    return importer.load(path, 1, targets.host())
-
-
-@pytest.mark.parametrize("read", [imported, inspection.inspect], ids=["importer", "inspection"])
+@pytest.mark.parametrize("read", [load, inspection.inspect], ids=["importer", "inspection"])
 def test_a_newer_domain_is_refused(read: Callable[[Path], Any], tmp_path: Path) -> None:
     path = save(tmp_path / "model.onnx", [node("BinarySign", ["x"], "y")], version=3)
     with pytest.raises(ValueError, match=r"model\.onnx: ai\.crossbit version 3; this crossbit reads version 2"):
         read(path)
 
 
-@pytest.mark.parametrize("read", [imported, inspection.inspect], ids=["importer", "inspection"])
+@pytest.mark.parametrize("read", [load, inspection.inspect], ids=["importer", "inspection"])
 @pytest.mark.parametrize("content", ["none", "empty", "text", "half", "zeros", "folder"])
 def test_what_is_no_model_is_refused(
     content: str, read: Callable[[Path], Any], small_model: Path, tmp_path: Path

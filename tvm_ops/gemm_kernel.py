@@ -13,9 +13,9 @@ ones, which `and` needs (`bitserial_gemm`), are a product with a fragment of one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import tvm_ffi
@@ -33,32 +33,42 @@ _CHUNK = 4  # words that a thread copies at once, and that ldmatrix reads of a r
 class Tile:
     """What a block of threads makes at once.
 
-    tensor: whether tensor cores count. rows, columns: of a warp. warps_down, warps_across: how many make the block.
-    depth: words of a step. stages: steps that shared memory holds.
+    tensor: whether tensor cores count. rows, columns: of a warp. down, across: warps that make the block, side by
+    side. split: warps that share the depth of a step, and add their sums in the end. depth: words of a step. stages:
+    steps that shared memory holds. All powers of two, but for the stages.
     """
 
     tensor: bool
     rows: int
     columns: int
-    warps_down: int
-    warps_across: int
+    down: int
+    across: int
+    split: int
     depth: int
     stages: int
 
+    @property
+    def number(self) -> int:
+        """The tile as a number, which tuning records draw: a hexadecimal digit each, logarithms but for the stages."""
+        tensor, *sizes, stages = map(int, astuple(self))
+        digits = [tensor, *(size.bit_length() - 1 for size in sizes), stages]
+        return int("".join(f"{digit:x}" for digit in digits), 16)
+
     @classmethod
-    def of(cls, annotation: Sequence[Any]) -> Tile:
-        """A tile as TIR keeps it."""
-        tensor, *sizes = map(int, annotation)
-        return cls(bool(tensor), *sizes)
+    def of(cls, number: int) -> Tile:
+        """The tile of a number."""
+        tensor, *logarithms, stages = (int(digit, 16) for digit in f"{number:08x}")
+        rows, columns, down, across, split, depth = (1 << digit for digit in logarithms)
+        return cls(bool(tensor), rows, columns, down, across, split, depth, stages)
 
     @property
     def block(self) -> tuple[int, int]:
         """Rows and columns of a block."""
-        return self.rows * self.warps_down, self.columns * self.warps_across
+        return self.rows * self.down, self.columns * self.across
 
     @property
     def threads(self) -> int:
-        return LANES * self.warps_down * self.warps_across
+        return LANES * self.down * self.across * self.split
 
     @property
     def pitch(self) -> int:
@@ -86,9 +96,7 @@ def _loads(expression: Any, buffer: Any, value: Any) -> Any:
     """An expression whose loads from ``buffer`` are ``value``."""
     from tvm.ir import TensorLoad
 
-    return tvm_ffi.structural_map(
-        expression, (TensorLoad, lambda load: value if load.source.same_as(buffer) else load)
-    )
+    return tvm_ffi.structural_map(expression, (TensorLoad, lambda load: value if load.source.same_as(buffer) else load))
 
 
 class Block:
@@ -270,7 +278,8 @@ def write(func: Any, tile: Tile, gpu: Gpu) -> Any:
         sums = kind(problem, tile, shared, warp, lane)
         copies = _Copies(problem, tile, gpu, shared, (bx * rows, by * columns), warp * LANES + lane)
         _pipeline(problem, tile, copies, sums)
-        sums.store(bx * rows, by * columns)
+        with sums.gathered():
+            sums.store(bx * rows, by * columns)
     return with_body(func, builder.get().body)
 
 
@@ -305,7 +314,7 @@ def _pipeline(problem: Problem, tile: Tile, copies: _Copies, sums: Any) -> None:
 
 
 @contextmanager
-def _if(condition: Any) -> Any:
+def _if(condition: Any) -> Iterator[None]:
     from tvm.script.ir_builder import tirx as T
 
     with T.If(condition), T.Then():
@@ -313,7 +322,7 @@ def _if(condition: Any) -> Any:
 
 
 @contextmanager
-def _loop(extent: int) -> Any:
+def _loop(extent: int) -> Iterator[Any]:
     from tvm import tirx
     from tvm.script.ir_builder import tirx as T
 
@@ -433,7 +442,10 @@ class _Sums:
         from tvm.script.ir_builder import tirx as T
 
         self.problem, self.tile, self.shared, self.lane = problem, tile, shared, lane
-        self.down, self.across = tirx.floordiv(warp, tile.warps_across), tirx.floormod(warp, tile.warps_across)
+        place = tirx.floormod(warp, tile.down * tile.across)
+        self.down, self.across = tirx.floordiv(place, tile.across), tirx.floormod(place, tile.across)
+        self.part = tirx.floordiv(warp, tile.down * tile.across)
+        self.place = place
         self.dtype = str(problem.products.buffer.dtype)
         self.sums = T.alloc_buffer((size,), self.dtype, scope="local")
         self.totals = T.alloc_buffer((size,), self.dtype, scope="local") if problem.pairs > 1 else self.sums
@@ -472,6 +484,34 @@ class _Sums:
         """What sum ``i``'s row counts by itself."""
         return 0
 
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """For the warps that hold whole sums, after they added those of the warps that shared the depth."""
+        from tvm import tirx
+        from tvm.script.ir_builder import tirx as T
+
+        tile, size = self.tile, int(self.totals.shape[0])
+        if tile.split == 1:
+            yield
+            return
+        places = tile.down * tile.across
+        shared = T.alloc_buffer(((tile.split - 1) * places * size * LANES,), self.dtype, scope="shared")
+
+        def at(part: Any, i: int) -> Any:
+            return ((part * places + self.place) * size + i) * LANES + self.lane
+
+        with _if(self.part > 0):
+            for i in range(size):
+                T.buffer_store(shared, self.totals[i], [at(self.part - 1, i)])
+        T.evaluate(T.cuda.cta_sync())
+        with _if(tirx.EQ(self.part, 0)):
+            for i in range(size):
+                total = self.totals[i]
+                for part in range(tile.split - 1):
+                    total = total + shared[at(part, i)]
+                T.buffer_store(self.totals, total, [i])
+            yield
+
 
 class _OrdinaryCores(_Sums):
     """Lanes are columns; each holds ``rows`` x ``columns / 32`` sums."""
@@ -489,16 +529,18 @@ class _OrdinaryCores(_Sums):
         from tvm.script.ir_builder import tirx as T
 
         tile, one = self.tile, tirx.const(1, "int32")
-        with _loop(tile.depth // _CHUNK) as chunk:
+        own = tile.depth // _CHUNK // tile.split
+        with _loop(own) as number:
+            chunk = self.part * own + number
             sides = (
                 (self.a, 0, [self.down * tile.rows + r for r in range(tile.rows)]),
                 (self.b, 1, [self.across * tile.columns + j * LANES + self.lane for j in range(self.vectors)]),
             )
             for registers, side, rows in sides:
-                for number, row in enumerate(rows):
+                for i, row in enumerate(rows):
                     at = self.row(stage, side, row) + chunk * _CHUNK
                     words = self.shared[tirx.Ramp(at, one, _CHUNK)]
-                    T.buffer_store(registers, words, [tirx.Ramp(tirx.const(number * _CHUNK, "int32"), one, _CHUNK)])
+                    T.buffer_store(registers, words, [tirx.Ramp(tirx.const(i * _CHUNK, "int32"), one, _CHUNK)])
             for r in range(tile.rows):
                 for j in range(self.vectors):
                     for e in range(_CHUNK):
@@ -549,7 +591,8 @@ class _OrdinaryCores(_Sums):
 def _inside(problem: Problem, tile: Tile, m: Any, o: Any) -> list[Any]:
     """Conditions that a row and a column exist."""
     rows, columns = tile.block
-    return ([m < problem.rows] if problem.rows % rows else []) + ([o < problem.columns] if problem.columns % columns else [])
+    down = [m < problem.rows] if problem.rows % rows else []
+    return down + ([o < problem.columns] if problem.columns % columns else [])
 
 
 class _TensorCores(_Sums):
@@ -576,13 +619,15 @@ class _TensorCores(_Sums):
         problem, tile = self.problem, self.tile
         steps = _steps(problem, tile)
         part, plane = tirx.floormod(step, steps), tirx.floormod(tirx.floordiv(step, steps), len(problem.w))
-        for first in range(0, tile.depth, FRAGMENT_WORDS):
+        own = tile.depth // FRAGMENT_WORDS // tile.split
+        for number in range(own):
+            first = (self.part * own + number) * FRAGMENT_WORDS if tile.split > 1 else number * FRAGMENT_WORDS
             with ExitStack() as guard:
-                if first and problem.depth % tile.depth:
+                if (number or tile.split > 1) and problem.depth % tile.depth:
                     guard.enter_context(_if(part * tile.depth + first < problem.depth))
                 self._fragments(stage, first, plane)
 
-    def _fragments(self, stage: Any, first: int, plane: Any) -> None:
+    def _fragments(self, stage: Any, first: Any, plane: Any) -> None:
         """Count 256 bits of the depth; rows of ones with the first plane of weights only."""
         from tvm import tirx
 
@@ -712,17 +757,24 @@ class _TensorCores(_Sums):
             there += [m < problem.rows] if problem.rows % self.tile.block[0] else []
             there += [word < extents[-2]] if extents[-2] * WORD_BITS % self.tile.block[1] else []
             with _if(tirx.all(*there)):
-                T.buffer_store(
-                    problem.last.buffer, made, problem.last.indices(*unravel(m, extents[:-2]), word, 0)
-                )
+                T.buffer_store(problem.last.buffer, made, problem.last.indices(*unravel(m, extents[:-2]), word, 0))
 
 
 # Choosing a tile -------------------------------------------------------------------------------------------------
 
 
-# Rows, columns, warps down, warps across; larger ones first.
-_ORDINARY = ((8, 64, 8, 1), (8, 32, 8, 1), (4, 32, 8, 1), (4, 32, 4, 1), (2, 32, 4, 1), (1, 32, 4, 1), (1, 32, 1, 1))
-_TENSOR = ((64, 64, 2, 2), (32, 64, 4, 1), (32, 64, 2, 2), (32, 64, 2, 1), (32, 32, 2, 1), (16, 32, 2, 1), (16, 32, 1, 1))
+# Rows, columns, down, across, split; larger ones first.
+_ORDINARY = ((8, 64, 8, 1, 1), (8, 32, 8, 1, 1), (4, 32, 8, 1, 1), (4, 32, 4, 1, 1), (2, 32, 4, 1, 1), (2, 32, 4, 1, 2))
+_FEW_ROWS = ((8, 32, 1, 1, 8), (4, 32, 1, 1, 8), (2, 32, 1, 1, 8), (1, 32, 1, 1, 8))
+_TENSOR = (
+    (64, 64, 2, 2, 1),
+    (32, 64, 4, 1, 1),
+    (32, 64, 2, 2, 1),
+    (32, 64, 2, 1, 1),
+    (32, 32, 2, 1, 2),
+    (16, 32, 2, 1, 2),
+    (16, 32, 1, 1, 4),
+)
 _MIN_BLOCKS = 128  # a grid of fewer leaves multiprocessors idle: the largest of today's GPUs have some 130
 _SHARED = 48 << 10  # so that several blocks fit a multiprocessor
 
@@ -731,16 +783,20 @@ def tiles(func: Any, gpu: Gpu) -> list[Tile]:
     """The tiles that suit a function, the one of the rule first: the largest that fills the GPU."""
     problem = Problem(func)
     tensor = problem.operation != "" and problem.operation == gpu.bit_product and problem.rows >= MIN_FRAGMENT_ROWS
+    few = problem.rows <= _FEW_ROWS[0][0]
     found = []
-    for sizes in _TENSOR if tensor else _ORDINARY:
-        depths = (32, 16, 8) if tensor else (16, 8)
-        depth = next((d for d in depths if d // 2 < problem.depth), depths[-1])
+    for sizes in _TENSOR if tensor else _FEW_ROWS if few else _ORDINARY:
+        split = sizes[-1]
+        least = split * (FRAGMENT_WORDS if tensor else _CHUNK)
+        most = max(32, least) if tensor else max(16, 2 * least)
+        depth = least
+        while depth < most and depth < problem.depth and _stage_bytes(sizes, 2 * depth) <= _SHARED // 3:
+            depth *= 2
         steps = math.ceil(problem.depth / depth) * problem.pairs
-        stages = min(3 if gpu.async_copy else 2, steps + 1)
-        tile = Tile(tensor, *sizes, depth, stages)
-        while 4 * tile.shared_words > _SHARED and tile.depth > depths[-1]:
-            tile = replace(tile, depth=tile.depth // 2)
-        found.append(tile)
+        found.append(Tile(tensor, *sizes, depth, min(3 if gpu.async_copy else 2, steps + 1)))
+    if few:
+        fitting = [tile for tile in found if tile.rows >= problem.rows]
+        return fitting[::-1]
 
     def blocks_of(tile: Tile) -> int:
         rows, columns = tile.block
@@ -750,6 +806,6 @@ def tiles(func: Any, gpu: Gpu) -> list[Tile]:
     return [filling[0], *(tile for tile in found if tile is not filling[0])]
 
 
-def annotation(tile: Tile) -> list[int]:
-    """A tile as what TIR can keep."""
-    return [int(v) for v in astuple(tile)]
+def _stage_bytes(sizes: Sequence[int], depth: int) -> int:
+    rows, columns, down, across, _ = sizes
+    return 4 * (rows * down + columns * across) * depth

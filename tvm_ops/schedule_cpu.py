@@ -17,13 +17,15 @@ from typing import Any
 from targets import ByteCounter, BytePopcount, Target
 from tvm_ops import adder_network, byte_sums
 from tvm_ops.bitplanes import WORD_BITS
-from tvm_ops.ops import bitpack, bitserial_conv2d, bitweight_conv2d
+from tvm_ops.ops import bitpack, bitserial_conv2d, bitweight_conv2d, float_conv2d
 
 _DATA_PARALLEL, _REDUCTION = 0, 2
 # A fork and join of TVM's thread pool takes some 5 us, in which a core does about this many vector operations.
 _MIN_PARALLEL_STEPS = 16384
 # From so many pixels on, a tile of packed weights is better unpacked to cache than in registers again and again.
 _MANY_PIXELS = 32
+# Three quarters of the smallest first-level data cache of a CPU that has vectors.
+_CACHE_BYTES = 24 << 10
 # Registers that a tile of `byte_sums` may have for sums and for what it loads, of all that there are. With more of 32,
 # LLVM spills; with more of 16, it makes one sum after the other and the Cortex-A9's model stalls (November 2026).
 _BYTE_REGISTERS = {32: 24, 16: 6}
@@ -113,9 +115,13 @@ def _share(sch: Any, loops: list[Any], steps: int, threads: int) -> None:
         sch.parallel(sch.fuse(*loops) if len(loops) > 1 else loops[0])
 
 
-def _tile(columns: int, channels: int, unit: int, target: Target) -> tuple[int, int]:
+def _tile(columns: int, channels: int, unit: int, target: Target, reads: int = 0) -> tuple[int, int]:
     """Columns and channels, a multiple of ``unit``, of the register tile: the one with most operations per load whose
-    accumulators leave a quarter of the registers free."""
+    accumulators leave a quarter of the registers free.
+
+    reads: bytes of weights of one channel, where tiles of the same channels follow each other. A tile whose weights
+    the nearest cache does not hold has to do a third more with each load to be as fast.
+    """
     budget = target.registers * 3 // 4
     tiles = [
         (_largest_divisor(columns, c), unit * lanes)
@@ -124,7 +130,12 @@ def _tile(columns: int, channels: int, unit: int, target: Target) -> tuple[int, 
     ]
     vectors = {lanes: -(-lanes // target.lanes) for _, lanes in tiles}
     fitting = [t for t in tiles if t[0] * vectors[t[1]] <= budget] or [min(tiles)]
-    return max(fitting, key=lambda t: (t[0] * vectors[t[1]] / (t[0] + vectors[t[1]]), t[1]))
+
+    def worth(tile: tuple[int, int]) -> float:
+        c, v = tile[0], vectors[tile[1]]
+        return c * v / (c + v) * (1 if tile[1] * reads <= _CACHE_BYTES else 0.75)
+
+    return max(fitting, key=lambda tile: (worth(tile), tile[1]))
 
 
 def _byte_tile(columns: int, channels: int, target: Target) -> tuple[int, int]:
@@ -149,6 +160,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     packs = _packs(sch, writer)
     unit = WORD_BITS if packs else 1  # so many channels make one step of the writer's last loop
     unpacks = sch.get(main).name_hint == bitweight_conv2d.BLOCK
+    of_floats = sch.get(main).name_hint == float_conv2d.BLOCK
     whole = WORD_BITS if packs or unpacks else 1  # and so many stay together
     work = math.prod(_extents(sch, sch.get_loops(main))) // target.lanes
 
@@ -163,7 +175,8 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
         wide, lanes = _byte_tile(columns, words * unit, target)
         lanes = max(lanes, whole)
     else:
-        wide, lanes = _tile(columns, words * unit, whole, target)
+        reads = 4 * math.prod(_reductions(sch, main)) if of_floats else 0
+        wide, lanes = _tile(columns, words * unit, whole, target, reads)
     inner = [_inner_channels(sch, channel, target, unit, whole, lanes, sample)]
     for axis, limit, size in zip(_last_axes(extents), (16, 4), (wide, 1), strict=False):
         factors = sch.sample_perfect_tile(outer[axis], 2, limit) if sample else [None, size]
@@ -172,9 +185,10 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     channel_outer, inner[-1] = sch.split(channel, [None, inner[-1]])
     outer.append(channel_outer)
     shared = outer
-    if unpacks and math.prod(extents) >= _MANY_PIXELS:  # filters first: a tile of them is unpacked once for all pixels
+    if (unpacks or of_floats) and math.prod(extents) >= _MANY_PIXELS:
+        # Filters first: a tile of them is unpacked once for all pixels, or stays in the nearest cache.
         outer = [channel_outer, *outer[:-1]]
-        shared = outer[:1]
+        shared = outer[:1] if unpacks else outer
     sch.reorder(*outer, *inner)
     sch.compute_at(main, outer[-1], preserve_unit_loops=True)
     if unpacks:
@@ -195,10 +209,12 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
         _count_bytes(sch, main, spatial, reduction, network, counter)
         spatial = []  # left as loops: a network is long enough, and four of them miss the instruction cache
     else:
-        if unpacks:  # a vector tests the bits of one word
-            spatial[-1:] = sch.split(spatial[-1], [None, WORD_BITS])
+        together = WORD_BITS if unpacks else float_conv2d.FILTERS  # a vector tests the bits of a word, or reads a block
+        if (unpacks or of_floats) and _extents(sch, spatial[-1:])[0] % together == 0:
+            spatial[-1:] = sch.split(spatial[-1], [None, together])
         sch.reorder(*reduction, *spatial)
-        _unroll_taps(sch, reduction, _reductions(sch, main), sample)
+        if sample or lanes % target.lanes == 0:  # parts of vectors make long code, and nine times that is too much
+            _unroll_taps(sch, reduction, _reductions(sch, main), sample)
         sch.vectorize(spatial[-1])
         sch.decompose_reduction(main, reduction[0])
     for loop in (*spatial[:-1], *inner[:-1]):

@@ -47,7 +47,7 @@ def written(mod: Any, target: Target) -> Any:
     func = mod["main"]
     found = gemm_kernel.blocks(func)
     if implicit_gemm.BLOCK in found:
-        tile = Tile.of(found[implicit_gemm.BLOCK].annotations["tile"])
+        tile = Tile.of(int(found[implicit_gemm.BLOCK].annotations["tile"]))
         func = gemm_kernel.write(func, tile, target.gpu)
     elif bitpack.FLAGS in found:
         func = pack_kernel.write(func)
@@ -103,10 +103,10 @@ def _is_reduction(sch: Any, block: Any) -> bool:
 
 def _choose_tile(sch: Any, target: Target, sample: bool) -> None:
     block = sch.get_sblock(implicit_gemm.BLOCK)
-    tiles = gemm_kernel.tiles(sch.mod["main"], target.gpu)
-    if sample:
-        raise NotImplementedError
-    sch.annotate(block, "tile", gemm_kernel.annotation(tiles[0]))
+    assert target.gpu is not None
+    numbers = [tile.number for tile in gemm_kernel.tiles(sch.mod["main"], target.gpu)]
+    chosen = sch.sample_categorical(numbers, [1 / len(numbers)] * len(numbers)) if sample else numbers[0]
+    sch.annotate(block, "tile", chosen)
 
 
 def _schedule_reduction_or_map(sch: Any, blocks: list[Any]) -> None:

@@ -7,18 +7,20 @@ an array or a tensor, misaligned vectors, divergent barriers, copies read before
 RuntimeError with a sentence. Lines in messages are those of the rewritten source, kept beside the library.
 
 `CUDA_EMULATOR_ORDER` sets the order of blocks and threads: 0 first to last, 1 last to first, more: a random one.
-Not emulated: wmma, wgmma, TMA, mbarrier, clusters, half floats, `<<<>>>`; blocks and warps never run at once.
+Not emulated: wmma, wgmma, TMA, mbarrier, clusters, half floats, atomics, `<<<>>>`. Blocks and warps take turns, and
+races in global memory are not looked for. Fragments of ldmatrix and mma lie as the PTX ISA says.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tvm
@@ -33,7 +35,17 @@ SHARED_LIMIT = {  # bytes a block may have, by compute capability
     **dict.fromkeys(("90", "100", "103", "110"), 227 * KIB),
 }
 INCLUDE = [f"-I{HERE / 'include'}", *(f"-I{p}" for p in tvm_ffi.libinfo.include_paths())]
-COMPILE = ["g++", "-std=c++17", "-O2", "-w", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off", *INCLUDE]
+COMPILE = [
+    "g++",
+    "-std=c++17",
+    "-O2",
+    "-w",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-gnu-unique",
+    "-ffp-contract=off",
+    *INCLUDE,
+]
 # The runtime implements the sanitizers' entry points; registers that nothing wrote hold junk, as on a GPU.
 CHECK = [
     "-fno-strict-aliasing",
@@ -45,7 +57,16 @@ CHECK = [
 ]
 
 
-def cuda_source(mod: tvm.IRModule, arch: str) -> str:
+def missing() -> str:
+    """Why nothing can be emulated on this machine, or nothing."""
+    flags = [flag for flag in CHECK if not flag.startswith("-Werror")]
+    command = ["g++", *flags, "-xc++", "-fsyntax-only", "/dev/null"]
+    if shutil.which("g++") and subprocess.run(command, capture_output=True).returncode == 0:
+        return ""
+    return "emulated CUDA needs g++ 12 or newer: `scripts/setup cross` as root installs it"
+
+
+def cuda_source(mod: tvm.IRModule | tvm.tirx.PrimFunc, arch: str) -> str:
     """The CUDA C++ of a scheduled module, kernels and the host functions that launch them, for e.g. ``"sm_80"``."""
     from tvm.backend.cuda import export_cuda_host
 
@@ -54,7 +75,7 @@ def cuda_source(mod: tvm.IRModule, arch: str) -> str:
         return export_cuda_host(tvm.compile(mod, target=target).mod)
 
 
-def build(mod: tvm.IRModule, arch: str) -> tvm_ffi.Module:
+def build(mod: tvm.IRModule | tvm.tirx.PrimFunc, arch: str) -> tvm_ffi.Module:
     """A scheduled module compiled for ``arch`` and emulated: its functions take CPU tensors."""
     return load(cuda_source(mod, arch), arch)
 
@@ -69,7 +90,7 @@ def emulate_source(source: str, path: Path, shared: bool, arch: str = "sm_80", f
     """Compile a CUDA translation unit for the CPU: a shared library, or an object to link (with ``-ltvm_ffi``).
 
     It exports `__tvm_ffi_<name>` for each host function, which take CPU tensors. Returns ``path``; the rewritten
-    source is beside it. Raises ValueError for what is not emulated, RuntimeError with g++'s words.
+    source is beside it. ``flags`` go to g++. Raises ValueError for what is not emulated, RuntimeError with g++'s words.
     """
     code = arch.removeprefix("sm_").rstrip("a")
     if code not in SHARED_LIMIT:
@@ -110,20 +131,25 @@ def run(command: list[object]) -> None:
 # ---- rewriting
 
 
+ALIGNED = r"(?:(?:__align__|alignas)\((\d+)\) )?"
+TYPE = r"([\w ]+?)"
+
+
 def rewrite(source: str, arch: int) -> str:
     """C++ for the CPU of a CUDA translation unit, line for line. ``arch``: 80 for sm_80."""
     source = rewrite_asm(source, arch)
-    source = re.sub(r"\bextern __shared__ (?:(?:__align__|alignas)\((\d+)\) )?([\w ]+?) ?(\w+)\[\];", dynamic_array, source)
+    source = re.sub(rf"\bextern __shared__ {ALIGNED}{TYPE} ?(\w+)\[\];", dynamic_array, source)
+    sites = itertools.count()
     source = re.sub(
-        r"(?:(?:__align__|alignas)\((\d+)\) )?\b__shared__ (?:(?:__align__|alignas)\((\d+)\) )?([\w ]+?) (\w+)((?:\[\w+\])*);",
-        functools.partial(shared_array, sites=iter(range(1 << 30))),
-        source,
+        rf"{ALIGNED}\b__shared__ {ALIGNED}{TYPE} (\w+)((?:\[\w+\])*);", lambda m: shared_array(m, next(sites)), source
     )
     if left := re.search(r".*\b__shared__\b.*", source):
         raise ValueError(f"a declaration of shared memory that is not emulated: {left[0].strip()}")
     if arch < 80 and (name := re.search(r"\b__reduce_\w+_sync\b", source)):
         raise ValueError(f"{name[0]} needs sm_80, not sm_{arch}")
-    source = source.replace(".device.device_type) == 2)", ".device.device_type) == 1)")  # kDLCUDA: tensors are on the CPU
+    source = source.replace(
+        ".device.device_type) == 2)", ".device.device_type) == 1)"
+    )  # kDLCUDA: tensors are on the CPU
     begin = "TVM_FFI_SAFE_CALL_BEGIN();"
     source = source.replace(begin, f"{begin} emu::Arguments emu_arguments(args, num_args);")
     ours = r"(void \*t\[(\d+)\];)"  # of a function of `pipeline.cuda_kernel.packed`
@@ -135,17 +161,24 @@ def dynamic_array(match: re.Match[str]) -> str:
     return f"auto* {name} = static_cast<{kind}*>(emu::dynamic_array({alignment or 16}));"
 
 
-def shared_array(match: re.Match[str], sites: Iterator[int]) -> str:
+def shared_array(match: re.Match[str], site: int) -> str:
     before, after, kind, name, extents = match.groups()
     alignment = before or after or f"alignof({kind})"
-    made = f'emu::shared_array({next(sites)}, "{name}", sizeof({kind}{extents}), {alignment})'
+    made = f'emu::shared_array({site}, "{name}", sizeof({kind}{extents}), {alignment})'
     return f"auto& {name} = *static_cast<{kind}(*){extents}>({made});"
 
 
 # ---- inline PTX
 
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-REGISTERS = {"pred": "bool", "u32": "uint32_t", "b32": "uint32_t", "s32": "int32_t", "u64": "uint64_t", "b64": "uint64_t"}
+REGISTERS = {
+    "pred": "bool",
+    "u32": "uint32_t",
+    "b32": "uint32_t",
+    "s32": "int32_t",
+    "u64": "uint64_t",
+    "b64": "uint64_t",
+}
 BYTES = {"u32": "uint8_t", "s32": "int8_t"}
 
 
@@ -155,7 +188,7 @@ def warp_wide(name: str) -> Callable[[re.Match[str], list[str]], str]:
 
 def cp_async(m: re.Match[str], o: list[str]) -> str:
     # A predicate (bool) says to ignore the source, a number how many of its bytes are read; zeros fill the rest.
-    return f'emu::cp_async<{16 if m[1] == "cg" else 4}>({", ".join(o)})'
+    return f"emu::cp_async<{16 if m[1] == 'cg' else 4}>({', '.join(o)})"
 
 
 # An instruction, the oldest architecture that has it, and its C++ from the match and the operands.
@@ -195,7 +228,9 @@ INSTRUCTIONS: list[tuple[str, int, Callable[[re.Match[str], list[str]], str]]] =
         lambda m, o: f"{o[0]} = __reduce_{m[1]}_sync({o[2]}, {REGISTERS[m[2]]}({o[1]}), __LINE__)",
     ),
 ]
-ASM = re.compile(r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|\b(?:asm|__asm__)\s*(?:(?:volatile|__volatile__)\s*)?\(""", re.S)
+ASM = re.compile(
+    r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|\b(?:asm|__asm__)\s*(?:(?:volatile|__volatile__)\s*)?\(""", re.S
+)
 
 
 def rewrite_asm(source: str, arch: int) -> str:
@@ -260,7 +295,10 @@ def instruction(statement: str, outputs: int, declared: set[str], arch: int) -> 
         names = split(register[2], ",")
         declared.update(names)
         return f"{REGISTERS[register[1]]} {', '.join(names)}"
-    guard, mnemonic, rest = re.fullmatch(r"(?:@(!?\w+)\s+)?([\w.:]+)\s*(.*)", statement, re.S).groups()  # type: ignore[union-attr]
+    parts = re.fullmatch(r"(?:@(!?\w+)\s+)?([\w.:]+)\s*(.*)", statement, re.S)
+    if not parts:
+        raise ValueError(f"a PTX statement that is not emulated: {statement}")
+    guard, mnemonic, rest = parts.groups()
     for pattern, oldest, emit in INSTRUCTIONS:
         if match := re.fullmatch(pattern, mnemonic):
             if arch < oldest:
@@ -274,7 +312,8 @@ def operand(text: str, outputs: int, declared: set[str]) -> str:
     if text.startswith("{"):
         names = split(text[1:-1], ",")
         written = all(re.fullmatch(r"%\d+", n) and int(n[1:]) < outputs for n in names)
-        return f"emu::{'destinations' if written else 'sources'}({', '.join(operand(n, outputs, declared) for n in names)})"
+        registers = ", ".join(operand(n, outputs, declared) for n in names)
+        return f"emu::{'destinations' if written else 'sources'}({registers})"
     if text.startswith("["):
         base, _, offset = text[1:-1].partition("+")
         return f"({operand(base.strip(), outputs, declared)} + {offset.strip() or 0})"

@@ -1,4 +1,4 @@
-// The emulated GPU: runs one block at a time, each CUDA thread on a fiber of its own, and checks what it does to memory.
+// The emulated GPU: runs one block at a time, each CUDA thread on its own fiber, and checks what it does to memory.
 //
 // Generated code is compiled with GCC's thread and alignment sanitizers, but this file takes the place of their
 // libraries: every load and store of a kernel comes to `access` below. Shared memory has a shadow that knows, for each
@@ -145,19 +145,22 @@ const Array& array_of(uint32_t address, size_t bytes, const char* verb) {
             nearest->name.c_str(), nearest->bytes);
 }
 
-void read_shared(uint32_t address, size_t bytes, int thread) {
+void read_shared(uint32_t address, size_t bytes, bool by_warp) {
   const Array& array = array_of(address, bytes, "reads");
+  int thread = current->index;
   uint32_t sync = syncs[thread / kWarp];
   for (size_t i = address; i < address + bytes; i++) {
     Byte& b = shadow[i];
     if (b.in_flight)
       emu::fail("reads byte %zu of shared array %s while a cp.async of %s is in flight: a commit or wait is missing",
                 i - array.begin, array.name.c_str(), thread_name(b.writer).c_str());
-    if (unordered(b.writer, b.write_epoch, b.write_sync))
+    bool just_written = b.write_epoch == epoch && b.write_sync >= sync;  // by this lane, and others read it
+    if (unordered(b.writer, b.write_epoch, b.write_sync) || (by_warp && just_written))
       emu::fail("reads byte %zu of shared array %s, which %s wrote with no barrier since", i - array.begin,
                 array.name.c_str(), thread_name(b.writer).c_str());
-    if (b.read_epoch != epoch) b.readers = kOne;
-    else if (b.readers != kOne || b.reader != thread) b.readers = std::max<uint8_t>(b.readers, b.reader / kWarp == thread / kWarp ? kOneWarp : kMany);
+    if (b.read_epoch != epoch) b.readers = by_warp ? kOneWarp : kOne;
+    else if (b.reader / kWarp != thread / kWarp) b.readers = kMany;
+    else if (b.reader != thread || by_warp) b.readers = std::max<uint8_t>(b.readers, kOneWarp);
     b.reader = thread;
     b.read_epoch = epoch;
     b.read_sync = sync;
@@ -182,8 +185,9 @@ void write_shared(uint32_t address, size_t bytes, bool certain) {
       verb = "read", other = b.reader;
     if (verb) {
       bool many = other == b.reader && b.read_epoch == epoch && b.readers != kOne;
+      std::string who = many ? "other threads" : thread_name(other);
       std::string what = say("writes byte %zu of shared array %s, which %s %s with no barrier since", i - array.begin,
-                             array.name.c_str(), many ? "other threads" : thread_name(other).c_str(), verb);
+                             array.name.c_str(), who.c_str(), verb);
       if (certain) emu::fail("%s", what.c_str());
       if (suspect.before.empty()) suspect = {address, std::string(arena + address, bytes), what};
     }
@@ -218,7 +222,7 @@ void access(const void* address, size_t bytes, bool write) {
   if (p >= arena && p < arena + kArena) {
     settle();
     if (write) write_shared(p - arena, bytes, false);
-    else read_shared(p - arena, bytes, current->index);
+    else read_shared(p - arena, bytes, false);
   } else if (!(p >= stacks[0] && p < stacks[kThreads])) {
     check_tensor(p, bytes, write ? "writes" : "reads");
   }
@@ -232,38 +236,44 @@ void entry() {
   leave();
 }
 
+void fail_block(const std::string& what) {
+  text = "block " + triple(block) + ": " + what;
+  failed = true;
+}
+
 void release_barrier(int waiting) {
-  if (waiting < threads) {
-    text = say("block %s: %d threads returned before the __syncthreads of line %d that others wait at",
-               triple(block).c_str(), threads - waiting, std::find_if(fibers, fibers + threads, [](Fiber& f) { return f.state == kBarrier; })->line);
-    failed = true;
-    return;
-  }
+  const Fiber& first = *std::find_if(fibers, fibers + threads, [](const Fiber& f) { return f.state == kBarrier; });
+  if (waiting < threads)
+    return fail_block(say("%d threads returned before the __syncthreads of line %d that others wait at",
+                          threads - waiting, first.line));
   for (int i = 1; i < threads; i++)
-    if (fibers[i].line != fibers[0].line) {
-      text = say("block %s: divergent barriers: %s waits at the __syncthreads of line %d, %s at that of line %d", triple(block).c_str(),
-                 thread_name(0).c_str(), fibers[0].line, thread_name(i).c_str(), fibers[i].line);
-      failed = true;
-      return;
-    }
+    if (fibers[i].line != first.line)
+      return fail_block(say("divergent barriers: %s waits at the __syncthreads of line %d, %s at that of line %d",
+                            thread_name(0).c_str(), first.line, thread_name(i).c_str(), fibers[i].line));
   for (int i = 0; i < threads; i++) fibers[i].state = kReady;
   epoch++;
 }
 
 void report_deadlock() {
   std::map<std::string, int> waits;
-  for (int i = 0; i < threads; i++)
-    waits[fibers[i].state == kDone ? "have returned" : say("wait at the %s of line %d", fibers[i].name, fibers[i].line)]++;
-  text = "block " + triple(block) + ": deadlock:";
-  for (auto& [what, count] : waits) text += say(" %d threads %s;", count, what.c_str());
-  text.pop_back();
-  failed = true;
+  for (int i = 0; i < threads; i++) {
+    const Fiber& f = fibers[i];
+    waits[f.state == kDone ? "have returned" : say("wait at the %s of line %d", f.name, f.line)]++;
+  }
+  std::string what = "deadlock:";
+  for (auto& [wait, count] : waits) what += say(" %d threads %s;", count, wait.c_str());
+  what.pop_back();
+  fail_block(what);
 }
 
 // Orders of threads: 0 first to last, 1 last to first, others random with that seed.
 struct Order {
-  unsigned kind = std::getenv("CUDA_EMULATOR_ORDER") ? std::strtoul(std::getenv("CUDA_EMULATOR_ORDER"), nullptr, 10) : 0;
-  uint64_t random = 0x9E3779B97F4A7C15u * (kind + 1);
+  unsigned kind = 0;
+  uint64_t random;
+  Order() {
+    if (const char* value = std::getenv("CUDA_EMULATOR_ORDER")) kind = std::strtoul(value, nullptr, 10);
+    random = 0x9E3779B97F4A7C15u * (kind + 1);
+  }
   void arrange(std::vector<int>& v) {
     if (kind == 1) std::sort(v.rbegin(), v.rend());
     if (kind < 2) return;
@@ -453,9 +463,9 @@ uint32_t shared_address(const void* p) {
   if (p < arena || p > arena + kArena) fail("takes the shared address of a pointer that is not to shared memory");
   return static_cast<const char*>(p) - arena;
 }
-void shared_read(void* to, uint32_t address, size_t bytes, int lane) {
+void shared_read(void* to, uint32_t address, size_t bytes) {
   settle();
-  read_shared(address, bytes, current->index / kWarp * kWarp + lane);
+  read_shared(address, bytes, true);
   std::memcpy(to, arena + address, bytes);
 }
 void shared_write(uint32_t address, const void* from, size_t bytes) {
@@ -493,8 +503,8 @@ bool arrive(const char* name, int line, uint32_t mask, bool whole_warp, const vo
   for (int i = 0; i < kWarp; i++) {
     if (!(needed >> i & 1) || first[i].state != kCollective) continue;
     if (std::strcmp(first[i].name, name) || first[i].line != line || first[i].mask != mask)
-      fail("lanes of a warp in different collectives: %s of line %d with mask 0x%08x; lane %d in %s of line %d with mask 0x%08x",
-           name, line, mask, i, first[i].name, first[i].line, first[i].mask);
+      fail("lanes of a warp in different collectives: %s of line %d with mask 0x%08x; lane %d in %s of line %d with "
+           "mask 0x%08x", name, line, mask, i, first[i].name, first[i].line, first[i].mask);
     here |= 1u << i;
   }
   if (here != needed) {
@@ -518,7 +528,8 @@ void copy_async(uint32_t to, const void* from, unsigned bytes, unsigned source_b
   if (bytes != 4 && bytes != 8 && bytes != 16) fail("cp.async of %u bytes", bytes);
   if (source_bytes > bytes) fail("cp.async of %u bytes from a source of %u", bytes, source_bytes);
   if (to % bytes) fail("cp.async of %u bytes to a shared address that is not %u-aligned", bytes, bytes);
-  if (reinterpret_cast<uintptr_t>(from) % bytes) fail("cp.async of %u bytes from an address that is not %u-aligned", bytes, bytes);
+  if (reinterpret_cast<uintptr_t>(from) % bytes)
+    fail("cp.async of %u bytes from an address that is not %u-aligned", bytes, bytes);
   if (source_bytes) check_tensor(static_cast<const char*>(from), source_bytes, "cp.async reads");
   write_shared(to, bytes, true);
   for (unsigned i = 0; i < bytes; i++) shadow[to + i].in_flight = true;
@@ -555,7 +566,8 @@ void __tsan_write_range(void* p, size_t bytes) { access(p, bytes, true); }
 void __tsan_init() {}
 void __tsan_vptr_update(void**, void*) {}
 
-struct Misaligned { const char* file; uint32_t line, column; const struct { uint16_t kind, info; char name[1]; } * type; uint8_t log_alignment; };
+struct Type { uint16_t kind, info; char name[1]; };
+struct Misaligned { const char* file; uint32_t line, column; const Type* type; uint8_t log_alignment; };
 void __ubsan_handle_type_mismatch_v1(Misaligned* at, uintptr_t p) {
   if (current)
     emu::fail("line %u: the address of a %s is not %u-aligned", at->line, at->type->name, 1u << at->log_alignment);

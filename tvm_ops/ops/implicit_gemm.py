@@ -83,11 +83,18 @@ def _sums(x: Any, geometry: Geometry, filters: int, depth: int, weight: Callable
     )
 
 
-def compute(geometry: Geometry, x: Any, weight: Any) -> Any:
-    """float32 [N, H, W, C] and `rows` -> [N, OH, OW, O]."""
+def compute(
+    geometry: Geometry,
+    steps: Sequence[Step],
+    x: Any,
+    weight: Any,
+    *constants: Any,
+    finish: Callable[[Any], Any] = lambda value: value,
+) -> Any:
+    """x: float32 [N, H, W, C]. weight: `rows`. -> [N, OH, OW, O], the sums through steps and ``finish``."""
     filters, depth = (int(extent) for extent in weight.shape)
     sums = _sums(x, geometry, filters, depth, lambda o, k: weight[o, k])
-    return pixels(lambda m, n, h, w, o: sums[m, o], x.shape[0], geometry, filters)
+    return _finished(sums, x, geometry, steps, constants, finish)
 
 
 def few_bit_words(weights: bitweight_conv2d.Weights) -> NDArray[np.uint32]:
@@ -127,8 +134,18 @@ def compute_few_bits(
 
     floats = te.compute((weights.filters, 1, depth), unpacked, name=FILTERS)
     sums = _sums(x, geometry, weights.filters, depth, lambda o, k: floats[o, 0, k])
+    return _finished(sums, x, geometry, steps, constants, finish)
 
+
+def _finished(
+    sums: Any,
+    x: Any,
+    geometry: Geometry,
+    steps: Sequence[Step],
+    constants: Sequence[Any],
+    finish: Callable[[Any], Any],
+) -> Any:
     def value(m: Any, n: Any, h: Any, w: Any, o: Any) -> Any:
         return finish(output_transform.emit(steps, constants, sums[m, o], o))
 
-    return pixels(value, x.shape[0], geometry, weights.filters)
+    return pixels(value, x.shape[0], geometry, sums.shape[1])

@@ -136,18 +136,12 @@ static inline void __threadfence() {}
 static inline void __threadfence_block() {}
 template <class T>
 T __ldg(const T* p) { return *p; }
-template <class T>
-T atomicAdd(T* p, T value) {  // blocks and threads take turns, so this is atomic
-  T old = *p;
-  *p = old + value;
-  return old;
-}
 static inline float min(float a, float b) { return std::fmin(a, b); }
 static inline float max(float a, float b) { return std::fmax(a, b); }
-template <class A, class B>
-auto min(A a, B b) { return static_cast<std::common_type_t<A, B>>(b) < a ? static_cast<std::common_type_t<A, B>>(b) : a; }
-template <class A, class B>
-auto max(A a, B b) { return a < static_cast<std::common_type_t<A, B>>(b) ? static_cast<std::common_type_t<A, B>>(b) : a; }
+template <class A, class B, class C = std::common_type_t<A, B>>
+C min(A a, B b) { return C(b) < C(a) ? C(b) : C(a); }
+template <class A, class B, class C = std::common_type_t<A, B>>
+C max(A a, B b) { return C(a) < C(b) ? C(b) : C(a); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 static inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }

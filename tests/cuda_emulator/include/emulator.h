@@ -40,10 +40,11 @@ __attribute__((const)) dim3 thread_index();
 __attribute__((const)) dim3 block_index();
 __attribute__((const)) int lane();
 
-void* shared_array(int site, const char* name, size_t bytes, size_t alignment);  // the block's array of this declaration
+// The block's array of the declaration that is number `site` in the source.
+void* shared_array(int site, const char* name, size_t bytes, size_t alignment);
 void* dynamic_array(size_t alignment);
 uint32_t shared_address(const void*);                  // generic pointer -> 32-bit shared address
-void shared_read(void* to, uint32_t address, size_t bytes, int lane);  // a read by `lane` of this warp
+void shared_read(void* to, uint32_t address, size_t bytes);  // for all lanes of the warp
 void shared_write(uint32_t address, const void* from, size_t bytes);
 
 void sync_threads(int line);

@@ -69,8 +69,9 @@ void ldmatrix(const char* name, int line, std::array<uint32_t*, N> d, uint32_t a
         for (int m = 0; m < int(N); m++) {
           uint16_t element[8][8];
           for (int r = 0; r < 8; r++) {
-            if (*in[8 * m + r] % 16) fail("line %d: %s: the row address of lane %d is not 16-aligned", line, name, 8 * m + r);
-            shared_read(element[r], *in[8 * m + r], 16, 8 * m + r);
+            int lane = 8 * m + r;
+            if (*in[lane] % 16) fail("line %d: %s: the row address of lane %d is not 16-aligned", line, name, lane);
+            shared_read(element[r], *in[lane], 16);
           }
           for (int l = 0; l < 32; l++) {
             int g = l / 4, t = l % 4 * 2;
