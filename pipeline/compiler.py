@@ -15,6 +15,7 @@ from pipeline import cuda_kernel, program
 from pipeline.cuda_kernel import Kernel
 from targets import Target
 from tvm_ops import adder_network, byte_sums, schedule_cpu, schedule_cuda
+from tvm_ops.ops import bitpack
 
 
 def lower(mod: tvm.IRModule) -> tvm.IRModule:
@@ -69,6 +70,9 @@ def scheduled(
     untuned = {name: f for name, f in kernels.items() if not (f.attrs and f.attrs.get("tirx.is_scheduled", False))}
     for name, func in untuned.items():
         mod[name] = default_schedule(tvm.IRModule({"main": func}), target, threads).mod["main"]
+    if target.shift_insert is not None:
+        for name in kernels:
+            mod[name] = bitpack.with_shifts(mod[name], target.shift_insert)
     return mod, len(kernels), len(kernels) - len(untuned)
 
 

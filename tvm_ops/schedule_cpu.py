@@ -102,12 +102,30 @@ def _schedule_map(sch: Any, block: Any, target: Target, threads: int) -> None:
     extents = _extents(sch, loops)
     if not loops:
         return
-    if not _packs(sch, block):  # a packing is already written in vectors
+    if _packs(sch, block):  # already written in vectors
+        loops = _hold_bounds(sch, block, target) if target.shift_insert else loops
+    else:
         lanes = _largest_divisor(extents[-1], target.lanes)
         *_, inner = sch.split(loops[-1], [None, lanes])
         sch.vectorize(inner)
         loops = sch.get_loops(block)[:-1]
     _share(sch, loops, math.prod(extents) // target.lanes, threads)
+
+
+def _hold_bounds(sch: Any, block: Any, target: Target) -> list[Any]:
+    """Pack a row of pixels for a few words at a time, whose bounds stay in half of the registers, and a few pixels in
+    straight code. Returns the loops that threads may share."""
+    *outer, word = sch.get_loops(block)
+    extents = _extents(sch, outer)
+    row = max((i for i, extent in enumerate(extents) if extent > 1), default=0)
+    bounds = max(1, len(sch.get(block).reads) - 1) * WORD_BITS // target.lanes
+    held = _largest_divisor(_extents(sch, [word])[0], target.registers // 2 // bounds)
+    word, words_inside = sch.split(word, [None, held])
+    outer[row], pixels_inside = sch.split(outer[row], [None, _largest_divisor(extents[row], target.registers // 8)])
+    sch.reorder(word, *outer[row:], pixels_inside, words_inside)
+    sch.unroll(pixels_inside)
+    sch.unroll(words_inside)
+    return [*outer[:row], word]
 
 
 def _share(sch: Any, loops: list[Any], steps: int, threads: int) -> None:
@@ -138,12 +156,14 @@ def _tile(columns: int, channels: int, unit: int, target: Target, reads: int = 0
     return max(fitting, key=lambda tile: (worth(tile), tile[1]))
 
 
-def _byte_tile(columns: int, channels: int, target: Target) -> tuple[int, int]:
-    """Columns and channels of a tile of `byte_sums`: the one with most operations per load that fits."""
+def _byte_tile(columns: int, channels: int, whole: int, target: Target) -> tuple[int, int]:
+    """Columns and channels of a tile of `byte_sums`: the one with most operations per load that fits. Where ``whole``
+    channels become a word, one that holds those, if two columns do: the word is made in registers."""
     vectors = channels // byte_sums.LANES
     tiles = [(_largest_divisor(columns, c), _largest_divisor(vectors, v)) for c in range(1, 17) for v in (1, 2, 4, 8)]
     fitting = [(c, v) for c, v in tiles if c * v + c + v <= _BYTE_REGISTERS[target.registers]]
-    c, v = max(fitting, key=lambda tile: (tile[0] * tile[1] / sum(tile), tile[1]))
+    words = [(c, v) for c, v in tiles if v * byte_sums.LANES == whole and 1 < c <= target.registers // 2 // v]
+    c, v = max(words or fitting, key=lambda tile: (tile[0] * tile[1] / sum(tile), tile[1]))
     return c, v * byte_sums.LANES
 
 
@@ -172,7 +192,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
         _spread(sch, main, threads)
     columns = next((e for e in reversed(extents) if e > 1), 1)
     if in_bytes:
-        wide, lanes = _byte_tile(columns, words * unit, target)
+        wide, lanes = _byte_tile(columns, words * unit, whole, target)
         lanes = max(lanes, whole)
     else:
         reads = 4 * math.prod(_reductions(sch, main)) if of_floats else 0
@@ -190,6 +210,10 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
         outer = [channel_outer, *outer[:-1]]
         shared = outer[:1] if unpacks else outer
     sch.reorder(*outer, *inner)
+    if popcount and in_bytes and math.prod(_reductions(sch, main)) <= popcount.straight:
+        # In straight code, LLVM would load all activations of a pixel before the loop over filters, and spill them.
+        pixel = next(iter(_last_axes(extents)), len(outer) - 1)
+        outer[pixel:] = [sch.fuse(*outer[pixel:])]
     sch.compute_at(main, outer[-1], preserve_unit_loops=True)
     if unpacks:
         unpacked = sch.get_sblock(bitweight_conv2d.UNPACKED)
@@ -203,7 +227,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     _share(sch, shared, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
     network = counter and _window(sch, main, lanes, counter.lanes, adder_network.MOST_WORDS)
     if popcount and in_bytes:
-        _sum_bytes(sch, main, spatial, reduction, in_bytes, popcount, target)
+        _sum_bytes(sch, main, spatial, reduction, in_bytes, popcount, whole, target)
         spatial = []
     elif counter and network:
         _count_bytes(sch, main, spatial, reduction, network, counter)
@@ -311,12 +335,13 @@ def _sum_bytes(
     reduction: list[Any],
     window: adder_network.Window,
     popcount: BytePopcount,
+    whole: int,
     target: Target,
 ) -> None:
     """A register tile of pixels and vectors of filters at a time, a window of words each."""
     *pixels, column, filters = spatial
     width, channels = _extents(sch, [column, filters])
-    columns, lanes = _byte_tile(width, channels, target)
+    columns, lanes = _byte_tile(width, channels, whole, target)
     column, columns_inside = sch.split(column, [None, columns])
     filters, lane = sch.split(filters, [None, lanes])
     ry, rx, rk = reduction
