@@ -111,8 +111,11 @@ def _choose_tile(sch: Any, target: Target, sample: bool) -> None:
 
 def _schedule_reduction_or_map(sch: Any, blocks: list[Any]) -> None:
     reductions = [block for block in blocks if _is_reduction(sch, block)]
-    if len(reductions) > 1:
-        raise ValueError("several sums in one function: it is to be scheduled by TVM's rule")
+    if len(reductions) > 1:  # softmax: a kernel for each stage, with small tensors between them
+        for block in blocks:
+            outputs = sum(v.iter_type == _DATA_PARALLEL for v in sch.get(block).iter_vars)
+            _bind(sch, sch.get_loops(block)[:outputs])
+        return
     last = blocks[-1]
     if not reductions:
         _bind(sch, sch.get_loops(last))
@@ -153,7 +156,8 @@ def _sum_across(sch: Any, main: Any, consumer: Any) -> None:
 
 def _bind_warps(sch: Any, loops: list[Any]) -> Any:
     fused = sch.fuse(*loops) if len(loops) > 1 else loops[0]
-    block, warp = sch.split(fused, [None, 4])
+    # A divisor: TVM forgets, where it stores a sum, that the last block may have warps to spare.
+    block, warp = sch.split(fused, [None, math.gcd(4, int(sch.get(fused).extent))])
     sch.bind(block, "blockIdx.x")
     sch.bind(warp, "threadIdx.y")
     return warp
