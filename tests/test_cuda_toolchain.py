@@ -183,6 +183,19 @@ def test_the_static_library_links_an_app(library: Path, tmp_path: Path) -> None:
     assert re.match(r"-1 1 (done|CUDA driver|no CUDA)", done.stdout)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in targets.names() if targets.load(name).gpu])
+@pytest.mark.parametrize("emit", ["vm", "c-lib"])
+def test_every_gpu_gets_both_libraries(name: str, emit: artifact.Emit, small_model: Path, tmp_path: Path) -> None:
+    """Of a whole network, with machine code for the GPU that was named."""
+    target = targets.load(name)
+    compiler = cuda_machine.need_nvcc(target)
+    library = "net" if emit == "c-lib" else None
+    made = compile_network(small_model, tmp_path / "made", target, 1, emit=emit, name=library)
+    assert target.gpu is not None and target.gpu.arch in made.gpus
+    assert {arch for arch, _ in compiler.machine_code(tmp_path / "made" / made.library)} == set(made.gpus)
+
+
 # What is refused ---------------------------------------------------------------------------------------------------
 
 
