@@ -1,6 +1,6 @@
 """The schedule of every operator on a GPU.
 
-Matrix products (`implicit_gemm`) and packings become kernels that are written out (`gemm_kernel`, `pack_kernel`): what
+Matrix products (`implicit_gemm`) and packings become kernels that are written out (`tvm_ops.cuda`): what
 is scheduled is which tile they have. Everything else is a thread an output; sums to few outputs are shared between the
 threads of a warp. No tensor between the stages of a function is ever stored in global memory.
 """
@@ -13,8 +13,10 @@ from typing import Any
 import tvm_ffi
 
 from targets import Target
-from tvm_ops import gemm_kernel, pack_kernel
-from tvm_ops.gemm_kernel import LANES, Tile
+from tvm_ops.cuda import gemm, pack
+from tvm_ops.cuda.problem import Problem
+from tvm_ops.cuda.tile import Tile, tiles
+from tvm_ops.cuda.tir import LANES, blocks
 from tvm_ops.ops import bitpack, implicit_gemm
 
 _THREADS = 256
@@ -30,12 +32,12 @@ def schedule(sch: Any, target: Target, sample: bool = False) -> None:
     Args:
         sample: draw the tile of a matrix product instead of applying the rule.
     """
-    blocks = _inline(sch)
-    names = {str(sch.get(block).name_hint) for block in blocks}
+    left = _inline(sch)
+    names = {str(sch.get(block).name_hint) for block in left}
     if implicit_gemm.BLOCK in names:
         _choose_tile(sch, target, sample)
     elif bitpack.FLAGS not in names:
-        _schedule_reduction_or_map(sch, blocks)
+        _schedule_reduction_or_map(sch, left)
 
 
 def written(mod: Any, target: Target) -> Any:
@@ -45,12 +47,12 @@ def written(mod: Any, target: Target) -> Any:
     assert target.gpu is not None
     mod = ForceNarrowIndexToInt32()(mod)
     func = mod["main"]
-    found = gemm_kernel.blocks(func)
+    found = blocks(func)
     if implicit_gemm.BLOCK in found:
         tile = Tile.of(int(found[implicit_gemm.BLOCK].annotations["tile"]))
-        func = gemm_kernel.write(func, tile, target.gpu)
+        func = gemm.write(func, tile, target.gpu)
     elif bitpack.FLAGS in found:
-        func = pack_kernel.write(func)
+        func = pack.write(func)
     mod = mod.clone()
     mod["main"] = func.with_body(_rounded(func.body))
     return mod
@@ -104,7 +106,7 @@ def _is_reduction(sch: Any, block: Any) -> bool:
 def _choose_tile(sch: Any, target: Target, sample: bool) -> None:
     block = sch.get_sblock(implicit_gemm.BLOCK)
     assert target.gpu is not None
-    numbers = [tile.number for tile in gemm_kernel.tiles(sch.mod["main"], target.gpu)]
+    numbers = [tile.number for tile in tiles(Problem(sch.mod["main"]), target.gpu)]
     chosen = sch.sample_categorical(numbers, [1 / len(numbers)] * len(numbers)) if sample else numbers[0]
     sch.annotate(block, "tile", chosen)
 

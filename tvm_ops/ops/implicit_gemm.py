@@ -1,7 +1,7 @@
 """Convolution as a matrix product whose left side, the windows, is never stored, for GPUs.
 
 Rows are output pixels, columns filters, the depth taps x channels. Weights are [O, depth], for both sides are read
-along the depth. What follows the sum is computed where the sum is. `gemm_kernel` writes the code.
+along the depth. What follows the sum is computed where the sum is. `tvm_ops.cuda.gemm` writes the code.
 """
 
 from __future__ import annotations

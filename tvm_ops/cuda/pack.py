@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from tvm_ops.bitplanes import WORD_BITS
-from tvm_ops.gemm_kernel import LANES, blocks, unravel, with_body
+from tvm_ops.cuda.tir import LANES, blocks, if_, unravel, with_body
 from tvm_ops.ops import bitpack
 
 _WARPS = 4
@@ -38,6 +38,6 @@ def write(func: Any) -> Any:
             every = tirx.const(0xFFFFFFFF, "uint32")
             vote = T.bind(T.cuda.ballot_sync(every, tirx.Cast("int32", bit)))
             T.buffer_store(mine, vote if i == 0 else tirx.Select(lane == i, vote, mine[0]), [0])
-        with T.If(tirx.all(lane < _WORDS, first + lane < total)), T.Then():
+        with if_(tirx.all(lane < _WORDS, first + lane < total)):
             T.buffer_store(words.buffer, mine[0], words.indices(*unravel(first + lane, extents), 0))
     return with_body(func, builder.get().body)
