@@ -53,6 +53,11 @@ def open_records(folder: Path, target: Target) -> Any:
     return ms.database.JSONDatabase(work_dir=str(folder))
 
 
+def finish(function: Any, target: Target) -> Any:
+    """A scheduled function as it is built: what no schedule can say is done here."""
+    return bitpack.with_shifts(function, target.shift_insert) if target.shift_insert else function
+
+
 def scheduled(
     mod: tvm.IRModule, target: Target, threads: int, records: Path | None = None
 ) -> tuple[tvm.IRModule, int, int]:
@@ -70,9 +75,8 @@ def scheduled(
     untuned = {name: f for name, f in kernels.items() if not (f.attrs and f.attrs.get("tirx.is_scheduled", False))}
     for name, func in untuned.items():
         mod[name] = default_schedule(tvm.IRModule({"main": func}), target, threads).mod["main"]
-    if target.shift_insert is not None:
-        for name in kernels:
-            mod[name] = bitpack.with_shifts(mod[name], target.shift_insert)
+    for name in kernels:
+        mod[name] = finish(mod[name], target)
     return mod, len(kernels), len(kernels) - len(untuned)
 
 
