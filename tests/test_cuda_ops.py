@@ -16,7 +16,7 @@ import pytest
 import tvm
 from cuda_emulator import emulator
 from test_ops import CASES, CODES, convolution, drawn, lower, signs, transform, windows, words
-from tvm import te
+from tvm import te, topi
 
 import targets
 from pipeline.compiler import default_schedule
@@ -322,6 +322,15 @@ def test_sums_to_few_outputs(rng: np.random.Generator) -> None:
             return te.compute(extents, lambda *i: sums[i] * 0.5, name="halves")
 
         np.testing.assert_array_equal(run(compute, [x], target), x.sum(axes) / 2)
+
+
+def test_softmax(rng: np.random.Generator) -> None:
+    target = targets.load(str(rng.choice(GPUS)))
+    x = rng.normal(0, 3, (int(rng.integers(1, 5)), int(rng.integers(2, 100)))).astype(np.float32)
+    x[0, 0] = rng.choice(np.array([0, np.inf, np.nan], np.float32))
+    with np.errstate(all="ignore"):
+        e = np.exp(x - x.max(1, keepdims=True))
+    np.testing.assert_allclose(run(topi.nn.softmax, [x], target), e / e.sum(1, keepdims=True), rtol=1e-5)
 
 
 # Machine code ----------------------------------------------------------------------------------------------------
