@@ -77,7 +77,7 @@ def write(
     """
     source = manifest.emit == "c-source"
     if source:  # the intrinsics of these are one CPU's
-        target = dataclasses.replace(target, byte_counter=None, byte_popcount=None)
+        target = dataclasses.replace(target, byte_counter=None, byte_popcount=None, shift_insert=None)
     scheduled, kernels, tuned = compiler.scheduled(lowered, target, manifest.threads, records)
     llvm = target.tvm_target(manifest.threads)
     compiles_for = tvm.target.Target({"kind": "c"}) if source else llvm

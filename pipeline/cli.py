@@ -181,7 +181,9 @@ def compile_(
     target: TargetName = "host",
     threads: Threads = 1,
     batch: Batch = 1,
-    records: Annotated[Path | None, typer.Option(help="Root of tuning records to use; default: none.")] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="Root of tuning records to use; 'none' for none. Default: crossbit's own.")
+    ] = None,
     emit: Annotated[
         Literal["vm", "c-lib", "c-source"],
         typer.Option(help="For TVM's runtime; or a free-standing C library, or C99 source."),
@@ -197,7 +199,10 @@ def compile_(
     from pipeline import packaging, tune
 
     chosen = targets.load(target)
-    own_records = tune.records_folder(records, chosen, threads) if records else None
+    if records is None:
+        own_records = tune.shipped_records(chosen, threads) if emit != "c-source" else None
+    else:
+        own_records = None if records == Path("none") else tune.records_folder(records, chosen, threads)
     with err.status(f"compiling {model} for {chosen.name}"):
         manifest = packaging.compile_network(model, folder, chosen, threads, batch, own_records, emit, name)
     size = manifest.files[manifest.library].bytes
@@ -223,6 +228,8 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Search faster schedules for a network's kernels, on this machine or a board. Ctrl-C keeps what was found.
+
+    A Cortex-A53, A72, A76 or A7 that is not here is not timed: cycles are counted by LLVM's model of it.
 
     Example: crossbit tune runs/m16/model.onnx --trials 32
 
@@ -250,10 +257,12 @@ def tune(
         _print_json([dataclasses.asdict(kernel) for kernel in tuned])
         return
     rows = [
-        (k.kernel, f"{k.default_us:.1f}", f"{k.best_us:.1f}", f"{k.default_us / k.best_us:.2f} x", str(k.trials))
-        for k in tuned
+        (k.kernel, f"{k.default:,.1f}", f"{k.best:,.1f}", f"{k.default / k.best:.2f} x", str(k.trials)) for k in tuned
     ]
-    _table(f"{chosen.name}, {threads} thread(s)", ("kernel", "default us", "best us", "gain", "trials"), rows)
+    unit = tuned[0].unit if tuned else "us"
+    note = ": of LLVM's model of the core, not time" if unit == "model cycles" else ""
+    columns = ("kernel", f"default {unit}", f"best {unit}", "gain", "trials")
+    _table(f"{chosen.name}, {threads} thread(s){note}", columns, rows)
     _say("tuned", f"records in {folder}; use them with `crossbit compile --records {records}`")
 
 

@@ -10,8 +10,10 @@ from tvm import relax
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
+import pipeline.llvm  # noqa: F401 (TVM finds its function by name)
 from targets import Target
 from tvm_ops import adder_network, byte_sums, schedule_cpu, schedule_cuda
+from tvm_ops.ops import bitpack
 
 
 def lower(mod: tvm.IRModule) -> tvm.IRModule:
@@ -33,9 +35,9 @@ def default_schedule(mod: tvm.IRModule, target: Target, threads: int) -> Any:
     sch = Schedule(mod)  # of the module as it is: a schedule of ``func.with_attr(..)`` changes ``func`` too
     if target.gpu is None:
         schedule_cpu.schedule(sch, target, threads)
-        return sch
-    schedule_cuda.schedule(sch, target)
-    return Schedule(schedule_cuda.written(sch.mod, target))
+    else:
+        schedule_cuda.schedule(sch, target)
+    return sch
 
 
 def open_records(folder: Path, target: Target) -> Any:
@@ -47,6 +49,13 @@ def open_records(folder: Path, target: Target) -> Any:
     if target.byte_popcount is not None:
         byte_sums.register_those_in(text, target.byte_popcount)
     return ms.database.JSONDatabase(work_dir=str(folder))
+
+
+def finish(function: Any, target: Target) -> Any:
+    """A scheduled function as it is built: what no schedule can say is done here."""
+    if target.gpu is not None:
+        return schedule_cuda.written(function, target)
+    return bitpack.with_shifts(function, target.shift_insert) if target.shift_insert else function
 
 
 def scheduled(
@@ -66,6 +75,8 @@ def scheduled(
     untuned = {name: f for name, f in kernels.items() if not (f.attrs and f.attrs.get("tirx.is_scheduled", False))}
     for name, func in untuned.items():
         mod[name] = default_schedule(tvm.IRModule({"main": func}), target, threads).mod["main"]
+    for name in kernels:
+        mod[name] = finish(mod[name], target)
     return mod, len(kernels), len(kernels) - len(untuned)
 
 

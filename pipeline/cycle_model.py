@@ -60,21 +60,31 @@ def tools(target: Target) -> tuple[list[str], str, str]:
     return emulator.command(target), *names
 
 
-def count(target: Target, program: Path, arguments: Sequence[str], functions: Sequence[str]) -> dict[str, Count]:
+def count(
+    target: Target, program: Path, arguments: Sequence[str], functions: Sequence[str], seconds: float | None = None
+) -> dict[str, Count]:
     """Run a static program under QEMU and model what its ``functions`` did.
+
+    Args:
+        seconds: that the program may run.
 
     Raises:
         ValueError: a tool is missing.
         subprocess.CalledProcessError: a tool or the program failed.
+        subprocess.TimeoutExpired: the program ran longer.
     """
-    return {
-        name: Count(sum(b.runs * len(b.lines) for b in found), sum(b.runs * cycles(target, b.lines) for b in found))
-        for name, found in blocks(target, program, arguments, functions).items()
-    }
+    counted = {}
+    for name, found in blocks(target, program, arguments, functions, seconds).items():
+        times = cycles(target, [block.lines for block in found])
+        instructions = sum(block.runs * len(block.lines) for block in found)
+        counted[name] = Count(instructions, sum(b.runs * time for b, time in zip(found, times, strict=True)))
+    return counted
 
 
-def blocks(target: Target, program: Path, arguments: Sequence[str], functions: Sequence[str]) -> dict[str, list[Block]]:
-    """The blocks of each function that ran. Raises as `count`."""
+def blocks(
+    target: Target, program: Path, arguments: Sequence[str], functions: Sequence[str], seconds: float | None = None
+) -> dict[str, list[Block]]:
+    """The blocks of each function that ran. Arguments and errors as of `count`."""
     qemu, objdump, _ = tools(target)
     code: dict[str, dict[int, str]] = {}
     for first, size, name in _FUNCTION.findall(_output(objdump, "-t", str(program))):
@@ -82,51 +92,64 @@ def blocks(target: Target, program: Path, arguments: Sequence[str], functions: S
             span = (f"--start-address=0x{first}", f"--stop-address={int(first, 16) + int(size, 16):#x}")
             listing = _output(objdump, "-d", "--no-show-raw-insn", *span, str(program)).splitlines()
             code[name] = {int(found[1], 16): found[2] for found in map(_INSTRUCTION.match, listing) if found}
-    executed = _executed(qemu, program, arguments, [a for lines in code.values() for a in lines])
+    executed = _executed(qemu, program, arguments, [a for lines in code.values() for a in lines], seconds)
     return {name: _blocks(lines, executed) for name, lines in code.items()}
 
 
-def cycles(target: Target, lines: Sequence[str]) -> float:
-    """Of one run of a block among many, by llvm-mca."""
+def cycles(target: Target, blocks: Sequence[Sequence[str]]) -> list[float]:
+    """Of one run of each block among many, by llvm-mca."""
+    if not blocks:
+        return []
     _, _, mca = tools(target)
-    dialect = ".syntax unified\n.fpu neon-vfpv4\n" if target.machine == "armv7l" else ".arch_extension dotprod\n"
-    plain = "\n".join(re.sub(r"#?0x[0-9a-f]+ <.*>", "somewhere", line) for line in lines)
+    arm32 = target.machine == "armv7l"
+    mark = "@" if arm32 else "//"
+    text = [".syntax unified\n.fpu neon-vfpv4" if arm32 else ".arch_extension dotprod"]
+    for lines in blocks:
+        plain = [re.sub(r"#?0x[0-9a-f]+ <.*>", "somewhere", line) for line in lines]
+        text += [f"{mark} LLVM-MCA-BEGIN", *plain, f"{mark} LLVM-MCA-END"]
     switches = (f"-iterations={_ITERATIONS}", "-noalias", "-skip-unsupported-instructions=lack-sched")
-    command = (mca, f"-mtriple={target.triple}", f"-mcpu={MODELS[target.name]}", *switches)
-    done = subprocess.run(command, input=f"{dialect}{plain}\n", capture_output=True, text=True, check=False)
-    if done.returncode < 0 and len(lines) > 1:  # with the A9's model, llvm-mca 22 crashes on some blocks
-        half = len(lines) // 2
-        return cycles(target, lines[:half]) + cycles(target, lines[half:])
+    views = ("-instruction-info=false", "-resource-pressure=false")
+    command = (mca, f"-mtriple={target.triple}", f"-mcpu={MODELS[target.name]}", *switches, *views)
+    done = subprocess.run(command, input="\n".join([*text, ""]), capture_output=True, text=True, check=False)
+    if done.returncode < 0 and len(blocks) > 1:  # with the A9's model, llvm-mca 22 crashes on some blocks
+        half = len(blocks) // 2
+        return cycles(target, blocks[:half]) + cycles(target, blocks[half:])
+    if done.returncode < 0 and len(blocks[0]) > 1:
+        half = len(blocks[0]) // 2
+        return [sum(cycles(target, [blocks[0][:half], blocks[0][half:]]))]
     done.check_returncode()
-    found = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
-    assert found, done.stdout
-    return int(found[1]) / _ITERATIONS
+    found = re.findall(r"Total Cycles:\s+(\d+)", done.stdout)
+    assert len(found) == len(blocks), done.stdout
+    return [int(total) / _ITERATIONS for total in found]
 
 
-def _executed(qemu: Sequence[str], program: Path, arguments: Sequence[str], addresses: Sequence[int]) -> Counter[int]:
+def _executed(
+    qemu: Sequence[str], program: Path, arguments: Sequence[str], addresses: Sequence[int], seconds: float | None
+) -> Counter[int]:
     """How often each instruction ran. QEMU logs what it translates and every run of a translation."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         kernels = f"{min(addresses):#x}..{max(addresses):#x}"
         switches = ["-d", "in_asm,exec,nochain", "-D", str(log), "-dfilter", kernels]
-        _output(*qemu, *switches, str(program), *arguments)
+        _output(*qemu, *switches, str(program), *arguments, seconds=seconds)
         translated: dict[int, list[int]] = {}
-        runs: Counter[int] = Counter()
+        traces: Counter[str] = Counter()  # a million lines, of which few differ
         first = 0
-        for line in log.read_text().splitlines():
-            if line.startswith("Trace"):
-                runs[int(line.split("[")[1].split("/")[1], 16)] += 1
-            elif line.startswith("IN:"):
-                first = 0
-            elif line.startswith("0x"):
-                address = int(line.split(":")[0], 16)
-                first = first or address
-                if first == address:
-                    translated[first] = []
-                translated[first].append(address)
+        with log.open() as lines:
+            for line in lines:
+                if line.startswith("Trace"):
+                    traces[line] += 1
+                elif line.startswith("IN:"):
+                    first = 0
+                elif line.startswith("0x"):
+                    address = int(line.split(":")[0], 16)
+                    first = first or address
+                    if first == address:
+                        translated[first] = []
+                    translated[first].append(address)
     executed: Counter[int] = Counter()
-    for first, times in runs.items():
-        for address in translated[first]:
+    for line, times in traces.items():
+        for address in translated[int(line.split("[")[1].split("/")[1], 16)]:
             executed[address] += times
     return executed
 
@@ -152,5 +175,5 @@ def _blocks(lines: dict[int, str], executed: Counter[int]) -> list[Block]:
     return found
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _output(*command: str, seconds: float | None = None) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds).stdout

@@ -45,6 +45,8 @@ def compile_network(
             runtime, or without a linker (a compiler for 'c-lib') on this machine; a name that is none in C.
     """
     _check_route(target, emit)
+    if records is not None and emit == "c-source":
+        raise ValueError(f"{records}: tuning records hold for one CPU's instructions, and C source has none: use c-lib")
     if records is not None:
         tune.check_records(records, target, threads)
     folder = folder.absolute()
@@ -84,7 +86,7 @@ def compile_network(
         else:
             made = c_library.write(lowered, manifest, name, content, target, records)
         artifact.save_golden(content / artifact.GOLDEN, inputs, outputs)
-        if records is not None:
+        if records is not None and records.parent != tune.SHIPPED:  # those are in the version that the manifest names
             shutil.copytree(records, content / artifact.RECORDS, ignore=shutil.ignore_patterns("*.log"))
         artifact.write(folder, manifest.model_copy(update=made), content)
     finally:

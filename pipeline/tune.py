@@ -1,8 +1,9 @@
 """MetaSchedule with the XGBoost cost model: the records that make a network's kernels faster on one target.
 
-A records folder belongs to a target and a thread count (TVM's own look-up ignores both). The default schedule of
-every kernel is measured first and stored as a record like any other, so tuning never makes a kernel slower; a stopped
-run leaves its records and the next one continues from them.
+A records folder belongs to a target and a thread count (TVM's own look-up ignores both), and to one way to measure: in
+time, here or on a board, or in a model's cycles (`pipeline/counted_runner.py`). The default schedule of every kernel is
+measured first and stored as a record like any other, so tuning never makes a kernel slower; a stopped run leaves its
+records and the next one continues from them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import json
 import logging
 import math
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,29 +20,41 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import tvm
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 
 import targets
-from pipeline import compiler, remote, toolchain
+from pipeline import compiler, counted_runner, cycle_model, remote, toolchain
 from pipeline.remote import Board
 from targets import Target, cores
 from tvm_ops import schedule_cpu
 
+Unit = Literal["us", "model cycles"]
+SHIPPED = Path(__file__).with_name("records")
+"""The records that come with crossbit, which `scripts/make_records.py` makes."""
+
 _IDENTITY, _LOG = "target.json", "tune.log"
+_PER_SECOND: dict[Unit, float] = {"us": 1e6, "model cycles": counted_runner.HERTZ}  # a record holds seconds
+_DRAWS = 8  # of a schedule, to see which tensor intrinsics it can lead to
+_WORTH_SHIPPING = 1.02  # times as fast as the default schedule
 _SECONDS = 60  # that a candidate may take to build, and to be measured
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """One kernel: microseconds with the default schedule and with its best record, and how many were measured."""
+    """One kernel: what it takes with the default schedule and with its best record, and how many were measured.
+
+    Attributes:
+        unit: of ``default`` and ``best``.
+    """
 
     kernel: str
-    default_us: float
-    best_us: float
+    unit: Unit
+    default: float
+    best: float
     trials: int
 
 
@@ -49,25 +63,49 @@ def records_folder(root: Path, target: Target, threads: int) -> Path:
     return root / f"{target.name}-{threads}t"
 
 
+def shipped_records(target: Target, threads: int) -> Path | None:
+    """Those of `SHIPPED` for a target; None: there are none."""
+    folder = records_folder(SHIPPED, target, threads)
+    return folder if folder.is_dir() else None
+
+
 def check_records(folder: Path, target: Target, threads: int) -> None:
     """Refuse records of another target.
 
     Raises:
         ValueError: the folder holds no records, or another target's.
     """
-    path = folder / _IDENTITY
-    if not path.is_file():
-        raise ValueError(f"{folder}: no tuning records here; `crossbit tune` makes them")
-    made_for = json.loads(path.read_text())
-    if made_for != _identity(target, threads):
+    made_for = _identity(folder)
+    if (made_for["target"], made_for["threads"]) != (target.name, threads):
         raise ValueError(
             f"{folder}: these records are for {made_for['target']} with {made_for['threads']} threads, "
             f"not for {target.name} with {threads}"
         )
 
 
-def _identity(target: Target, threads: int) -> dict[str, Any]:
-    return {"target": target.name, "threads": threads}
+def _identity(folder: Path) -> dict[str, Any]:
+    path = folder / _IDENTITY
+    if not path.is_file():
+        raise ValueError(f"{folder}: no tuning records here; `crossbit tune` makes them")
+    return dict(json.loads(path.read_text()))
+
+
+def claim(folder: Path, target: Target, threads: int, unit: Unit) -> None:
+    """Make a records folder for what is measured in ``unit``, or check that it is one.
+
+    Raises:
+        ValueError: its records are another target's, or were measured in another unit.
+    """
+    if (folder / _IDENTITY).exists():
+        check_records(folder, target, threads)
+        if (measured := _identity(folder).get("unit")) != unit:
+            raise ValueError(
+                f"{folder}: these records were measured in {measured}, and this search measures in {unit}: "
+                "give it another folder with --records"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = {"target": target.name, "threads": threads, "unit": unit}
+    (folder / _IDENTITY).write_text(json.dumps(identity) + "\n")
 
 
 def tune(
@@ -81,7 +119,7 @@ def tune(
     warn: Callable[[str], None] = lambda sentence: None,
     board: tuple[str, str] | None = None,
 ) -> list[Tuned]:
-    """Tune every reduction of a lowered module on this machine, or on a board.
+    """Tune every reduction of a lowered module on this machine or on a board, or by counting where neither runs it.
 
     Args:
         records: the folder of this target; created, or continued.
@@ -91,47 +129,67 @@ def tune(
         board: the address of its tracker, and its key.
 
     Raises:
-        ValueError: the folder's records are another target's, or the CPU cannot run the target.
+        ValueError: the folder's records are another target's or measured otherwise; the CPU cannot run the target, and
+            it cannot be counted either.
         ValueError, OSError: the board went away; what was found is in ``records``.
     """
-    _check_machine(target, board, warn)
-    records.mkdir(parents=True, exist_ok=True)
-    if (records / _IDENTITY).exists():
-        check_records(records, target, threads)
-    else:
-        (records / _IDENTITY).write_text(json.dumps(_identity(target, threads)))
-    run = _Run(target, threads, records, seed, board, warn)
-    tasks = [t for t in ms.relax_integration.extract_tasks(mod, run.tvm_target) if schedule_cpu.has_reduction(t.mod)]
-    counts = [len(run.stored(task)) for task in tasks]
-    done = sum(min(trials, stored) for stored in counts)
-    for task, stored in zip(tasks, counts, strict=True):
-        before = done
+    unit = _unit(target, threads, board, warn)
+    claim(records, target, threads, unit)
+    with closing(_Run(target, threads, records, seed, board, unit, warn)) as run:
+        tasks = [
+            t for t in ms.relax_integration.extract_tasks(mod, run.tvm_target) if schedule_cpu.has_reduction(t.mod)
+        ]
+        counts = [len(run.stored(task)) for task in tasks]
+        done = sum(min(trials, stored) for stored in counts)
+        for task, stored in zip(tasks, counts, strict=True):
+            before = done
 
-        def progress(count: int, task: Any = task) -> None:
-            nonlocal done
-            done += count
-            on_trial(task.task_name, done, trials * len(tasks))
+            def progress(count: int, task: Any = task) -> None:
+                nonlocal done
+                done += count
+                on_trial(task.task_name, done, trials * len(tasks))
 
-        if not stored:
-            run.measure_default(task)
-            progress(1)
-        if trials > max(1, stored):
-            run.search(task, trials - max(1, stored), progress)
-        progress(before + max(0, trials - stored) - done)  # a small space may have run out
-    return [run.summary(task) for task in tasks]
+            if not stored:
+                run.measure_default(task)
+                progress(1)
+            if trials > max(1, stored):
+                run.search(task, trials - max(1, stored), progress)
+            progress(before + max(0, trials - stored) - done)  # a small space may have run out
+        return [run.summary(task) for task in tasks]
 
 
-def _check_machine(target: Target, board: tuple[str, str] | None, warn: Callable[[str], None]) -> None:
-    """Refuse a target that what measures it cannot run."""
-    if board is None:
-        if missing := target.missing_features():
-            raise ValueError(f"target {target.name} cannot be measured here: this machine lacks {', '.join(missing)}")
-        return
-    with closing(Board(*board)) as there, there.errors():
-        if reason := there.mismatch(target.machine, target.features):
-            raise ValueError(f"target {target.name} cannot be measured there: {reason}")
-        if there.emulated:
-            warn(f"{there} is emulated: the records will not say what is fast on a {target.name}")
+def keep_best(measured: Path, kept: Path, target: Target) -> int:
+    """Write to the folder ``kept`` the best record of each kernel that beats its default schedule; says how many."""
+    kernels: dict[Any, list[Any]] = {}
+    for record in compiler.open_records(measured, target).get_all_tuning_records():
+        kernels.setdefault(record.workload, []).append(record)
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    shutil.copy(measured / _IDENTITY, kept)
+    database = compiler.open_records(kept, target)
+    best = [_best(r) for r in kernels.values() if _seconds(_best(r)) * _WORTH_SHIPPING < _seconds(_default(r))]
+    for record in best:
+        database.commit_workload(record.workload.mod)
+        database.commit_tuning_record(record)
+    return len(best)
+
+
+def _unit(target: Target, threads: int, board: tuple[str, str] | None, warn: Callable[[str], None]) -> Unit:
+    """What candidates are measured in. Refuses a target that nothing at hand can measure."""
+    if board is not None:
+        with closing(Board(*board)) as there, there.errors():
+            if reason := there.mismatch(target.machine, target.features):
+                raise ValueError(f"target {target.name} cannot be measured there: {reason}")
+            if there.emulated:
+                warn(f"{there} is emulated: the records will not say what is fast on a {target.name}")
+        return "us"
+    missing = target.missing_features()
+    if missing and target.name in cycle_model.MODELS:
+        counted_runner.check(target, threads)
+        return "model cycles"
+    if missing:
+        raise ValueError(f"target {target.name} cannot be measured here: this machine lacks {', '.join(missing)}")
+    return "us"
 
 
 class _Run:
@@ -144,24 +202,34 @@ class _Run:
         records: Path,
         seed: int,
         board: tuple[str, str] | None,
+        unit: Unit,
         warn: Callable[[str], None],
     ) -> None:
-        self.target, self.threads, self.seed = target, threads, seed
+        self.target, self.threads, self.seed, self.unit = target, threads, seed, unit
         self.tvm_target = target.tvm_target(threads)
         self.records = records
         self.logger = _log_to(records / _LOG)
         self.database = compiler.open_records(records, target)
         self.board, self.warn = board, warn
-        self.builder = ms.builder.LocalBuilder(
-            f_build=_build,
-            f_export=functools.partial(_export, target.name) if board else None,
-            timeout_sec=_SECONDS,
-            max_workers=cores(),
-        )
-        self.runner = _runner(board)
+        if unit == "model cycles":
+            self.builder: Any = counted_runner.Builder(target, _SECONDS)
+            self.runner: Any = counted_runner.CountedRunner(target, _SECONDS)
+        else:
+            self.builder = ms.builder.LocalBuilder(
+                f_build=functools.partial(_build, target.name),
+                f_export=functools.partial(_export, target.name) if board else None,
+                timeout_sec=_SECONDS,
+                max_workers=cores(),
+            )
+            self.runner = _runner(board)
         self.cost_model = ms.cost_model.XGBModel(
             num_warmup_samples=16, extractor=ms.feature_extractor.PerStoreFeature(), num_tuning_cores=cores()
         )
+
+    def close(self) -> None:
+        """End the processes that it started and that MetaSchedule does not end."""
+        if self.unit == "model cycles":
+            self.builder.close()
 
     def stored(self, task: Any) -> list[Any]:
         """The records of a task."""
@@ -179,11 +247,22 @@ class _Run:
         arguments = ms.arg_info.ArgInfo.from_prim_func(mod["main"])
         (future,) = self.runner.run([ms.runner.RunnerInput(built.artifact_path, "cpu", arguments)])
         result = future.result()
+        ms.utils.remove_build_dir(built.artifact_path)
         if result.error_msg is not None:
             raise ConnectionError(f"{_place(self.board)} did not measure {what}: {_last_line(result.error_msg)}")
         workload = self.database.commit_workload(mod)
         record = ms.database.TuningRecord(sch.trace, workload, result.run_secs, self.tvm_target, arguments)
         self.database.commit_tuning_record(record)
+
+    def designs(self, sch: Any) -> list[Any]:
+        """Schedules to vary: one for each tensor intrinsic that draws led to, for its tile is no decision."""
+        found: dict[str, Any] = {}
+        for _ in range(_DRAWS):
+            drawn = sch.copy()
+            schedule_cpu.schedule(drawn, self.target, self.threads, sample=True)
+            used = [str(i.attrs[0]) for i in drawn.trace.insts if i.kind.name == "Tensorize"]
+            found.setdefault(" ".join(used), drawn)
+        return list(found.values())
 
     def search(self, task: Any, trials: int, progress: Callable[[int], None]) -> None:
         """Measure ``trials`` more candidates of a task."""
@@ -192,13 +271,13 @@ class _Run:
                 mod=task.dispatched[0],
                 target=self.tvm_target,
                 space_generator=ms.space_generator.ScheduleFn(
-                    lambda sch: schedule_cpu.schedule(sch, self.target, self.threads, sample=True),
+                    self.designs,
                     sch_rules=[],
                     postprocs=[],
                     mutator_probs={ms.mutator.MutateTileSize(): 1.0},
                 ),
                 search_strategy=ms.search_strategy.EvolutionarySearch(
-                    population_size=128, init_min_unmeasured=16, genetic_num_iters=2
+                    population_size=32, init_min_unmeasured=16, genetic_num_iters=2
                 ),
                 task_name=task.task_name,
                 logger=self.logger,
@@ -227,8 +306,8 @@ class _Run:
     def summary(self, task: Any) -> Tuned:
         """What is known of a task."""
         records = self.stored(task)
-        default = min(_seconds(r) for r in records if not r.trace.decisions)  # nothing was drawn for it
-        return Tuned(task.task_name, default * 1e6, min(map(_seconds, records)) * 1e6, len(records))
+        default, best = (_seconds(record) * _PER_SECOND[self.unit] for record in (_default(records), _best(records)))
+        return Tuned(task.task_name, self.unit, default, best, len(records))
 
 
 @contextmanager
@@ -250,6 +329,15 @@ def _no_tensor_intrinsics() -> Iterator[None]:
 def _seconds(record: Any) -> float:
     seconds = [float(s) for s in record.run_secs or []]
     return sum(seconds) / len(seconds) if seconds else float("inf")
+
+
+def _default(records: list[Any]) -> Any:
+    """The fastest of those for which nothing was drawn."""
+    return _best([record for record in records if not record.trace.decisions])
+
+
+def _best(records: list[Any]) -> Any:
+    return min(records, key=_seconds)
 
 
 @derived_object
@@ -337,12 +425,13 @@ def _export(target: str, module: Any) -> str:
     return str(path)
 
 
-def _build(mod: tvm.IRModule, target: Any, params: Any) -> Any:
+def _build(name: str, mod: tvm.IRModule, llvm: Any, params: Any) -> Any:
     """As MetaSchedule's own builder, less its import of every tensor intrinsic: 16 s in each worker of each batch."""
     from tvm.driver import build
     from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
-    return build(RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(mod), target=target)
+    finished = tvm.IRModule({"main": compiler.finish(mod["main"], targets.load(name))})
+    return build(RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(finished), target=llvm)
 
 
 def _log_to(file: Path) -> logging.Logger:

@@ -15,7 +15,7 @@ import json
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -38,11 +38,10 @@ def ceiling_loop():
     return lambda vectors: loaded.seconds_per_vector(vectors) / loaded.vector_bits()
 
 
-def convolution(case: str, variant: str, rng: np.random.Generator):
-    """A variant as a Relax module, its input, and NumPy's output."""
+def convolution(case: str, variant: str, rng: np.random.Generator, target: Any):
+    """A variant as a Relax module for a target, its input, and NumPy's output."""
     from tvm import relax
 
-    import targets
     from pipeline.values import Channelwise, Emitter, Real, Signs, Sum
     from tvm_ops import bitplanes
     from tvm_ops.ops.bitserial_conv2d import Geometry
@@ -55,7 +54,7 @@ def convolution(case: str, variant: str, rng: np.random.Generator):
     packed = variant != "float_io"
     argument = bitplanes.pack(x >= 0)[..., None, :] if packed else x
     variable = relax.Var("x", relax.TensorType(argument.shape, str(argument.dtype)))
-    emitter = Emitter(relax.BlockBuilder(), targets.host())
+    emitter = Emitter(relax.BlockBuilder(), target)
     scale, shift = rng.uniform(0.01, 1, channels).astype(np.float32), rng.normal(0, 20, channels).astype(np.float32)
     steps = {
         "kernel": (),
@@ -88,7 +87,7 @@ def kernel(case: str, variant: str, rng: np.random.Generator):
     import targets
     from pipeline import compiler
 
-    mod, argument, expected = convolution(case, variant, rng)
+    mod, argument, expected = convolution(case, variant, rng, targets.host())
     executable, _, _ = compiler.build(compiler.lower(mod), targets.host(), threads=1)
     machine = relax.VirtualMachine(executable.jit(), tvm.cpu())
     tensor = tvm.runtime.tensor(argument)

@@ -11,12 +11,13 @@ import pkgutil
 from importlib import import_module
 
 from targets._gpu import Gpu
-from targets._target import ByteCounter, BytePopcount, Target, cores, cpu_features, cpu_name, cpu_part
+from targets._target import ByteCounter, BytePopcount, ShiftInsert, Target, cores, cpu_features, cpu_name, cpu_part
 
 __all__ = [
     "ByteCounter",
     "BytePopcount",
     "Gpu",
+    "ShiftInsert",
     "Target",
     "cores",
     "cpu_features",

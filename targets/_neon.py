@@ -1,6 +1,6 @@
-"""The ways in which NEON adds up the bytes of a popcount, each shared by the cores that have it."""
+"""What NEON counts and gathers bits with, each shared by the cores that have it."""
 
-from targets._target import BytePopcount
+from targets._target import BytePopcount, ShiftInsert
 
 # 16-bit sums of pairs of bytes, added apart: LLVM makes uadalp of both.
 NEON = BytePopcount(
@@ -8,6 +8,8 @@ NEON = BytePopcount(
     add="llvm.aarch64.neon.uaddlp.v8i16.v16i8",
     lane_bits=16,
     operands="bytes",
+    straight=18,
+    fenced=6,
     widen="llvm.aarch64.neon.uaddlp.v4i32.v8i16",
 )
 
@@ -17,6 +19,8 @@ NEON_DOT = BytePopcount(
     add="llvm.aarch64.neon.udot.v4i32.v16i8",
     lane_bits=32,
     operands="sums, bytes, factors",
+    straight=18,
+    fenced=6,
 )
 
 # 32-bit ARM: vpadal, which LLVM forms from its intrinsic only.
@@ -25,5 +29,10 @@ NEON_32 = BytePopcount(
     add="llvm.arm.neon.vpadalu.v8i16.v16i8",
     lane_bits=16,
     operands="sums, bytes",
+    straight=12,
+    fenced=0,
     widen="llvm.arm.neon.vpaddlu.v4i32.v8i16",
 )
+
+SLI = ShiftInsert("llvm.aarch64.neon.vsli.v4i32", amounts=False)
+SLI_32 = ShiftInsert("llvm.arm.neon.vshiftins.v4i32", amounts=True)

@@ -28,6 +28,11 @@ class ByteCounter:
     pair_sum: str
     quad_sum: str
 
+    @property
+    def octets(self) -> int:
+        """Bytes of a vector."""
+        return 4 * self.lanes
+
     def sum_bytes(self, octets: Any) -> Any:
         """The sum of the four bytes of every lane: uint8x(4 lanes) -> int32x(lanes); a sum of two fits 16 bits."""
         from tvm import tirx
@@ -47,12 +52,16 @@ class BytePopcount:
         lane_bits: which of the two.
         operands: 'sums, bytes', 'bytes' (the result is to be added) or 'sums, bytes, factors' (of products).
         widen: that which sums neighbouring 16-bit lanes; '' where lanes have 32 bits.
+        straight: words of a window in straight code, at most.
+        fenced: words of it between two fences, without which LLVM spills; 0: it does not.
     """
 
     name: str
     add: str
     lane_bits: int
     operands: str
+    straight: int
+    fenced: int
     widen: str = ""
 
     @property
@@ -82,6 +91,27 @@ class BytePopcount:
 
 
 @dataclass(frozen=True)
+class ShiftInsert:
+    """An instruction that shifts the lanes of a vector left, over the low bits of another's.
+
+    Attributes:
+        intrinsic: LLVM's name of it, for four lanes of 32 bits.
+        amounts: whether it takes an amount for every lane.
+    """
+
+    intrinsic: str
+    amounts: bool
+
+    def insert(self, high: Any, bits: int, low: Any) -> Any:
+        """uint32x4: ``bits`` bits of ``low``, and above them those of ``high``."""
+        from tvm import tirx
+
+        amount = tirx.const(bits, "int32")
+        amount = tirx.Broadcast(amount, 4) if self.amounts else amount
+        return tirx.call_llvm_pure_intrin("uint32x4", self.intrinsic, low, high, amount)
+
+
+@dataclass(frozen=True)
 class Target:
     """A CPU family as facts, or a GPU with the CPU beside it. Schedules read these fields and never the name.
 
@@ -100,6 +130,7 @@ class Target:
         cpu_part: 'CPU part' of /proc/cpuinfo (ARM), by which `host` tells cores with equal features apart.
         byte_counter: what to count with instead, if a vector popcount is slow.
         byte_popcount: what to add counts with, if a vector popcount counts bytes.
+        shift_insert: what to gather comparisons with, if no instruction makes a word of them.
         gpu: where the kernels run, if not on the CPU that the other fields describe.
     """
 
@@ -121,6 +152,7 @@ class Target:
     cpu_part: str = ""
     byte_counter: ByteCounter | None = None
     byte_popcount: BytePopcount | None = None
+    shift_insert: ShiftInsert | None = None
     gpu: Gpu | None = None
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """ARM Cortex-A55, in order, with dot products: RK3568, i.MX 93, little cores of phones."""
 
-from targets._neon import NEON_DOT
+from targets._neon import NEON_DOT, SLI
 from targets._target import Target
 
 TARGET = Target(
@@ -19,4 +19,5 @@ TARGET = Target(
     zig_triple="aarch64-linux-gnu",
     cpu_part="0xd05",
     byte_popcount=NEON_DOT,
+    shift_insert=SLI,
 )

@@ -1,6 +1,6 @@
 """ARM Cortex-A7, 32 bits, hard float: Raspberry Pi 2, STM32MP1, i.MX 6UL. NEON takes subnormal floats for zero."""
 
-from targets._neon import NEON_32
+from targets._neon import NEON_32, SLI_32
 from targets._target import Target
 
 TARGET = Target(
@@ -20,4 +20,5 @@ TARGET = Target(
     float_abi="hard",
     cpu_part="0xc07",
     byte_popcount=NEON_32,
+    shift_insert=SLI_32,
 )

@@ -1,6 +1,6 @@
 """ARM Cortex-A710, big core of Armv9 phones. Its SVE registers are 128 bits too, so the code is NEON."""
 
-from targets._neon import NEON_DOT
+from targets._neon import NEON_DOT, SLI
 from targets._target import Target
 
 TARGET = Target(
@@ -22,4 +22,5 @@ TARGET = Target(
     zig_triple="aarch64-linux-gnu",
     cpu_part="0xd47",
     byte_popcount=NEON_DOT,
+    shift_insert=SLI,
 )

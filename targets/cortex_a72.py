@@ -1,6 +1,6 @@
 """ARM Cortex-A72: Raspberry Pi 4, i.MX 8 QuadMax, AWS Graviton 1."""
 
-from targets._neon import NEON
+from targets._neon import NEON, SLI
 from targets._target import Target
 
 TARGET = Target(
@@ -19,4 +19,5 @@ TARGET = Target(
     zig_triple="aarch64-linux-gnu",
     cpu_part="0xd08",
     byte_popcount=NEON,
+    shift_insert=SLI,
 )

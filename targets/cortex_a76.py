@@ -1,6 +1,6 @@
 """ARM Cortex-A76, with dot products: Raspberry Pi 5, RK3588."""
 
-from targets._neon import NEON_DOT
+from targets._neon import NEON_DOT, SLI
 from targets._target import Target
 
 TARGET = Target(
@@ -19,4 +19,5 @@ TARGET = Target(
     zig_triple="aarch64-linux-gnu",
     cpu_part="0xd0b",
     byte_popcount=NEON_DOT,
+    shift_insert=SLI,
 )

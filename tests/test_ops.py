@@ -72,6 +72,8 @@ def lower(compute: Callable[..., Any], arrays: list[np.ndarray]) -> tuple[tvm.IR
 
 def build(mod: tvm.IRModule, target: targets.Target, scheduled: bool = True, threads: int = 1) -> Any:
     mod = default_schedule(mod, target, threads).mod if scheduled else mod
+    if target.shift_insert is not None:
+        mod = tvm.IRModule({"main": bitpack.with_shifts(mod["main"], target.shift_insert)})
     return tirx.build(mod, target=target.tvm_target(threads))
 
 
@@ -524,6 +526,64 @@ def test_byte_sums_of_pairs_of_codes(a: str, w: str, rng: np.random.Generator, t
     steps = transform(rng, filters, 20.0 * CODES[a].largest * CODES[w].largest)
     to = str(rng.choice(["floats", "bits"]))
     check_convolution(x, weight, product, steps, to, scheduled=True, emulated=(target, tmp_path))
+
+
+@pytest.mark.parametrize("to", ["floats", "bits"])
+@pytest.mark.parametrize("name", ["cortex-a53", "cortex-a72", "cortex-a76", "cortex-a7"])
+def test_a_window_in_straight_code(name: str, to: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    """3x3x64: on 64-bit cores, loops over columns and filters are one, and two columns of a word of bits one tile."""
+    target = targets.load(name)
+    machines.need(target)
+    batch, filters, columns = (int(rng.integers(*of)) for of in ((1, 3), (1, 5), (1, 6)))
+    geometry = Geometry((4, 2 * columns), (3, 3), (1, 1), (1, 1, 1, 1))
+    print(batch, filters, columns)
+    x, weight = signs(rng, batch, *geometry.image, 64), signs(rng, 32 * filters, 64, 3, 3)
+    steps = transform(rng, 32 * filters, 24.0)
+    check_convolution(x, weight, Product(geometry), steps, to, scheduled=True, emulated=(target, tmp_path))
+
+
+@pytest.mark.parametrize("channels", [64, 128, 512])
+@pytest.mark.parametrize("to", ["floats", "bits"])
+@pytest.mark.parametrize("name", ["cortex-a53", "cortex-a72", "cortex-a76"])
+def test_byte_sums_do_not_spill(name: str, to: str, channels: int, rng: np.random.Generator) -> None:
+    """Tiles of 3x3 windows keep their vectors, 18 words in straight code or a loop over 36 and 144."""
+    geometry = Geometry((8, 8), (3, 3), (1, 1), (1, 1, 1, 1))
+    product, weight = Product(geometry), signs(rng, 64, channels, 3, 3)
+    x = pack(signs(rng, 1, *geometry.image, channels))[..., None, :]
+    if to == "bits":
+        weights, edge, most = bit_weight(weight, product, [])
+        mod, _ = lower(lambda *t: bitserial_conv2d.compute_bits(product, edge, *t), [x, weights, most])
+    else:
+        edge = bitserial_conv2d.border(weight, product)
+        arrays = [x, bitserial_conv2d.pack_weight(weight), *bitserial_conv2d.float_constants(edge, [])]
+        mod, _ = lower(lambda *t: bitserial_conv2d.compute_float(product, edge, [], *t), arrays)
+    assembly = build(mod, targets.load(name)).inspect_source("asm")
+    stored = re.findall(r"\tst[rp]\tq.*\[sp", assembly)
+    counted = len(re.findall(r"\tcnt\t", assembly))
+    assert counted
+    assert len(stored) < counted / 8, stored
+
+
+@pytest.mark.parametrize("bounds", ["low", "low and high"])
+@pytest.mark.parametrize("name", NEON)
+def test_bitpack_on_an_emulated_core(name: str, bounds: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    """Tails of whole vectors, of a few lanes, and of one; NaN on either side. (32-bit NEON has no subnormals.)"""
+    target = targets.load(name)
+    machines.need(target)
+    special = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0], np.float32)
+
+    def values(*of: int) -> np.ndarray:
+        usual = rng.integers(-3, 4, of).astype(np.float32)
+        return np.where(rng.random(of) < 0.3, rng.choice(special, of), usual)
+
+    for channels in {1, 4, 64, 96, 32 + 4 * int(rng.integers(1, 8)), int(rng.integers(1, 130))}:
+        shape = (int(rng.integers(1, 3)), int(rng.integers(1, 9)), channels)
+        print(shape)
+        x, low, high = values(*shape), values(channels), values(channels)
+        of_bounds = [low] if bounds == "low" else [low, high]
+        result = run(bitpack.compute, [x, *of_bounds], scheduled=True, emulated=(target, tmp_path))
+        expected = x >= low if bounds == "low" else (x >= low) & (x <= high)
+        np.testing.assert_array_equal(result[..., 0, :], pack(expected))
 
 
 @pytest.mark.parametrize("channels", [3072, 5248])

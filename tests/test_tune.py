@@ -75,9 +75,13 @@ def every_kernel_has_records_and_none_got_slower(run: Tuning) -> None:
     made, tuned, told = run
     assert {k.kernel for k in tuned} == {"bitserial_conv2d", "bitserial_conv2d_bits"}
     for kernel in tuned:
-        assert 0 < kernel.best_us <= kernel.default_us < 1e6
+        assert 0 < kernel.best <= kernel.default < 1e6
         assert 1 <= kernel.trials <= TRIALS
-    assert json.loads((made.records / "target.json").read_text()) == {"target": made.target.name, "threads": 1}
+    assert json.loads((made.records / "target.json").read_text()) == {
+        "target": made.target.name,
+        "threads": 1,
+        "unit": "us",
+    }
     assert len((made.records / "database_tuning_record.json").read_text().splitlines()) == sum(k.trials for k in tuned)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
     assert {total for *_, total in told} == {TRIALS * len(tuned)}
@@ -93,8 +97,8 @@ def a_second_call_measures_nothing_and_a_larger_one_goes_on(run: Tuning) -> None
     more, told = made.again(TRIALS + 1)
     assert told[-1][1] == (TRIALS + 1) * len(tuned)
     for kernel, first in zip(more, tuned, strict=True):
-        assert (kernel.kernel, kernel.default_us) == (first.kernel, first.default_us)
-        assert kernel.best_us <= first.best_us
+        assert (kernel.kernel, kernel.default) == (first.kernel, first.default)
+        assert kernel.best <= first.best
         assert first.trials <= kernel.trials <= TRIALS + 1
     for name, content in before.items():
         assert (made.records / name).read_bytes().startswith(content)
@@ -151,7 +155,7 @@ def the_command_measures_nothing_new(
     assert not end.value.code
     printed: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     assert [kernel["kernel"] for kernel in printed] == [kernel.kernel for kernel in tuned]
-    assert [kernel["default_us"] for kernel in printed] == [kernel.default_us for kernel in tuned]
+    assert [kernel["default"] for kernel in printed] == [kernel.default for kernel in tuned]
     assert files(made.records) == before
 
 

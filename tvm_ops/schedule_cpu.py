@@ -102,12 +102,30 @@ def _schedule_map(sch: Any, block: Any, target: Target, threads: int) -> None:
     extents = _extents(sch, loops)
     if not loops:
         return
-    if not _packs(sch, block):  # a packing is already written in vectors
+    if _packs(sch, block):  # already written in vectors
+        loops = _hold_bounds(sch, block, target) if target.shift_insert else loops
+    else:
         lanes = _largest_divisor(extents[-1], target.lanes)
         *_, inner = sch.split(loops[-1], [None, lanes])
         sch.vectorize(inner)
         loops = sch.get_loops(block)[:-1]
     _share(sch, loops, math.prod(extents) // target.lanes, threads)
+
+
+def _hold_bounds(sch: Any, block: Any, target: Target) -> list[Any]:
+    """Pack a row of pixels for a few words at a time, whose bounds stay in half of the registers, and a few pixels in
+    straight code. Returns the loops that threads may share."""
+    *outer, word = sch.get_loops(block)
+    extents = _extents(sch, outer)
+    row = max((i for i, extent in enumerate(extents) if extent > 1), default=0)
+    bounds = max(1, len(sch.get(block).reads) - 1) * WORD_BITS // target.lanes
+    held = _largest_divisor(_extents(sch, [word])[0], target.registers // 2 // bounds)
+    word, words_inside = sch.split(word, [None, held])
+    outer[row], pixels_inside = sch.split(outer[row], [None, _largest_divisor(extents[row], target.registers // 8)])
+    sch.reorder(word, *outer[row:], pixels_inside, words_inside)
+    sch.unroll(pixels_inside)
+    sch.unroll(words_inside)
+    return [*outer[:row], word]
 
 
 def _share(sch: Any, loops: list[Any], steps: int, threads: int) -> None:
@@ -138,12 +156,14 @@ def _tile(columns: int, channels: int, unit: int, target: Target, reads: int = 0
     return max(fitting, key=lambda tile: (worth(tile), tile[1]))
 
 
-def _byte_tile(columns: int, channels: int, target: Target) -> tuple[int, int]:
-    """Columns and channels of a tile of `byte_sums`: the one with most operations per load that fits."""
+def _byte_tile(columns: int, channels: int, whole: int, target: Target) -> tuple[int, int]:
+    """Columns and channels of a tile of `byte_sums`: the one with most operations per load that fits. Where ``whole``
+    channels become a word, one that holds those, if two columns do: the word is made in registers."""
     vectors = channels // byte_sums.LANES
     tiles = [(_largest_divisor(columns, c), _largest_divisor(vectors, v)) for c in range(1, 17) for v in (1, 2, 4, 8)]
     fitting = [(c, v) for c, v in tiles if c * v + c + v <= _BYTE_REGISTERS[target.registers]]
-    c, v = max(fitting, key=lambda tile: (tile[0] * tile[1] / sum(tile), tile[1]))
+    words = [(c, v) for c, v in tiles if v * byte_sums.LANES == whole and 1 < c <= target.registers // 2 // v]
+    c, v = max(words or fitting, key=lambda tile: (tile[0] * tile[1] / sum(tile), tile[1]))
     return c, v * byte_sums.LANES
 
 
@@ -162,6 +182,9 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     unpacks = sch.get(main).name_hint == bitweight_conv2d.BLOCK
     of_floats = sch.get(main).name_hint == float_conv2d.BLOCK
     whole = WORD_BITS if packs or unpacks else 1  # and so many stay together
+    in_octets = target.byte_counter is not None and _in_octets(sch, main)
+    if target.byte_counter and in_octets:
+        whole = target.byte_counter.octets
     work = math.prod(_extents(sch, sch.get_loops(main))) // target.lanes
 
     *outer, channel = sch.get_loops(writer)
@@ -172,7 +195,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
         _spread(sch, main, threads)
     columns = next((e for e in reversed(extents) if e > 1), 1)
     if in_bytes:
-        wide, lanes = _byte_tile(columns, words * unit, target)
+        wide, lanes = _byte_tile(columns, words * unit, whole, target)
         lanes = max(lanes, whole)
     else:
         reads = 4 * math.prod(_reductions(sch, main)) if of_floats else 0
@@ -185,11 +208,15 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     channel_outer, inner[-1] = sch.split(channel, [None, inner[-1]])
     outer.append(channel_outer)
     shared = outer
-    if (unpacks or of_floats) and math.prod(extents) >= _MANY_PIXELS:
+    if (unpacks or of_floats or in_octets) and math.prod(extents) >= _MANY_PIXELS:
         # Filters first: a tile of them is unpacked once for all pixels, or stays in the nearest cache.
         outer = [channel_outer, *outer[:-1]]
         shared = outer[:1] if unpacks else outer
     sch.reorder(*outer, *inner)
+    if popcount and in_bytes and math.prod(_reductions(sch, main)) <= popcount.straight:
+        # In straight code, LLVM would load all activations of a pixel before the loop over filters, and spill them.
+        pixel = next(iter(_last_axes(extents)), len(outer) - 1)
+        outer[pixel:] = [sch.fuse(*outer[pixel:])]
     sch.compute_at(main, outer[-1], preserve_unit_loops=True)
     if unpacks:
         unpacked = sch.get_sblock(bitweight_conv2d.UNPACKED)
@@ -201,9 +228,9 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
 
     spatial, reduction = _own_loops(sch, main)
     _share(sch, shared, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
-    network = counter and _window(sch, main, lanes, counter.lanes, adder_network.MOST_WORDS)
+    network = counter and _network(sch, main, lanes, counter)
     if popcount and in_bytes:
-        _sum_bytes(sch, main, spatial, reduction, in_bytes, popcount, target)
+        _sum_bytes(sch, main, spatial, reduction, in_bytes, popcount, whole, target)
         spatial = []
     elif counter and network:
         _count_bytes(sch, main, spatial, reduction, network, counter)
@@ -273,7 +300,18 @@ def _window(sch: Any, main: Any, channels: int, lanes: int, most: int) -> adder_
     dy, dx = (int(d) for d in block.annotations["dilations"])
     x, w, x_masked, w_masked = (int(p) for p in block.annotations["planes"])
     planes = bitserial_conv2d.Planes(x, w, bool(x_masked), bool(w_masked))
-    return adder_network.window((kh, kw), words, (dy, dx), planes, most)
+    return adder_network.window((kh, kw), words, (dy, dx), planes, most, _in_octets(sch, main))
+
+
+def _in_octets(sch: Any, main: Any) -> bool:
+    """Whether the weights of a bit-serial sum lie in bytes."""
+    return bool(sch.get(main).annotations.get("octets", 0))
+
+
+def _network(sch: Any, main: Any, channels: int, counter: ByteCounter) -> adder_network.Window | None:
+    if _in_octets(sch, main):
+        return _window(sch, main, channels, counter.octets, adder_network.MOST_OCTETS)
+    return _window(sch, main, channels, counter.lanes, adder_network.MOST_WORDS)
 
 
 def _count_bytes(
@@ -281,10 +319,10 @@ def _count_bytes(
 ) -> None:
     """One pixel and one vector of filters at a time, a window of words each."""
     ry, rx, rk = reduction
-    vectors, lane = sch.split(spatial[-1], [None, counter.lanes])
+    vectors, lane = sch.split(spatial[-1], [None, counter.octets if window.octets else counter.lanes])
     rows, ry = sch.split(ry, [None, window.height])
     words, rk = sch.split(rk, [None, window.words])
-    sch.reorder(rows, words, *spatial[:-1], vectors, ry, rx, rk, lane)
+    sch.reorder(*spatial[:-1], vectors, rows, words, ry, rx, rk, lane)
     initial = sch.decompose_reduction(main, rows)
     sch.vectorize(sch.get_loops(initial)[-1])
     sch.tensorize(ry, adder_network.intrinsic(counter, window))
@@ -311,12 +349,13 @@ def _sum_bytes(
     reduction: list[Any],
     window: adder_network.Window,
     popcount: BytePopcount,
+    whole: int,
     target: Target,
 ) -> None:
     """A register tile of pixels and vectors of filters at a time, a window of words each."""
     *pixels, column, filters = spatial
     width, channels = _extents(sch, [column, filters])
-    columns, lanes = _byte_tile(width, channels, target)
+    columns, lanes = _byte_tile(width, channels, whole, target)
     column, columns_inside = sch.split(column, [None, columns])
     filters, lane = sch.split(filters, [None, lanes])
     ry, rx, rk = reduction

@@ -40,22 +40,20 @@ def schedule(sch: Any, target: Target, sample: bool = False) -> None:
         _schedule_reduction_or_map(sch, left)
 
 
-def written(mod: Any, target: Target) -> Any:
-    """A scheduled module with its matrix products and packings written out, and floats rounded as on CPUs."""
+def written(func: Any, target: Target) -> Any:
+    """A scheduled function as it is built: matrix products and packings written out, floats rounded as on CPUs."""
+    from tvm import IRModule
     from tvm.tirx.transform import ForceNarrowIndexToInt32
 
     assert target.gpu is not None
-    mod = ForceNarrowIndexToInt32()(mod)
-    func = mod["main"]
+    func = ForceNarrowIndexToInt32()(IRModule({"main": func}))["main"]
     found = blocks(func)
     if implicit_gemm.BLOCK in found:
         tile = Tile.of(int(found[implicit_gemm.BLOCK].annotations["tile"]))
         func = gemm.write(func, tile, target.gpu)
     elif bitpack.FLAGS in found:
         func = pack.write(func)
-    mod = mod.clone()
-    mod["main"] = func.with_body(_rounded(func.body))
-    return mod
+    return func.with_body(_rounded(func.body))
 
 
 def _rounded(body: Any) -> Any:

@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from targets import ShiftInsert
 from tvm_ops.bitplanes import WORD_BITS
 from tvm_ops.output_transform import Threshold
 
 BLOCK = "pack_words"
 """The TIR block that packs, by which schedules know that it reads vectors and writes a word for 32 channels."""
+
+_GATHER = "llvm.vector.reduce.or"
+_LANES = 4  # of the vectors of `with_shifts`
 
 
 FLAGS = "flags"
@@ -145,7 +149,7 @@ def pack(bits: Any, word: Any, channels: int) -> Any:
         powers = tirx.shift_left(ones, tirx.Ramp(tirx.const(0, "uint32"), tirx.const(1, "uint32"), count))
         zeros = tirx.Broadcast(tirx.const(0, "uint32"), count)
         chosen = tirx.Select(bits(0, count), powers, zeros)
-        return tirx.call_llvm_pure_intrin("uint32", "llvm.vector.reduce.or", chosen)
+        return tirx.call_llvm_pure_intrin("uint32", _GATHER, chosen)
 
     whole, rest = divmod(channels, WORD_BITS)
     if not rest:
@@ -153,3 +157,46 @@ def pack(bits: Any, word: Any, channels: int) -> Any:
     tail = gather(rest) if rest > 1 else tirx.Cast("uint32", bits(0, 1))
     # A load past the last channel must not happen, so the choice is a branch and no Select.
     return tirx.if_then_else(word < whole, gather(WORD_BITS), tail) if whole else tail
+
+
+def with_shifts(function: Any, shift: ShiftInsert) -> Any:
+    """A scheduled function whose packings (`pack`) of whole vectors of four lanes gather by ``shift``.
+
+    Lane l of vector j decides bit 4 j + l. A comparison is all ones or all zeros, so shifts by 4, 8 and 16 make one
+    vector of eight, each a nibble of equal bits of every lane; of a nibble, a lane gives its own bit. That is 8
+    operations a word instead of 15 with selected powers of two.
+    """
+    import tvm_ffi
+    from tvm import DataType, ir, tirx
+    from tvm.target.codegen import llvm_get_intrinsic_name
+
+    intrinsic = ir.Op.get("tirx.call_llvm_pure_intrin")
+
+    def fence(value: Any) -> Any:  # LLVM would take single bits of comparisons apart, and words of stores together
+        dtype = str(value.ty.dtype)
+        floats = dtype.replace("uint", "float")
+        fenced = tirx.call_llvm_pure_intrin(floats, "llvm.arithmetic.fence", tirx.reinterpret(floats, value))
+        return tirx.reinterpret(dtype, fenced)
+
+    def gather(call: Any) -> Any:
+        if not call.op.same_as(intrinsic) or llvm_get_intrinsic_name(int(call.args[0].value)) != _GATHER:
+            return call
+        chosen = call.args[1]
+        count = DataType(str(chosen.ty.dtype)).lanes
+        if count % _LANES:
+            return call
+        ones, zeros = (tirx.Broadcast(tirx.const(bits, "uint32"), count) for bits in (0xFFFFFFFF, 0))
+        masks = fence(tirx.Select(chosen.condition, ones, zeros))
+
+        def merged(first: int, vectors: int) -> Any:
+            if vectors == 1:
+                return tirx.Shuffle([masks], list(range(_LANES * first, _LANES * (first + 1))))
+            low = 1 << ((vectors - 1).bit_length() - 1)  # a power of two: all its bits are in place
+            return shift.insert(merged(first + low, vectors - low), _LANES * low, merged(first, low))
+
+        own = tirx.const(0x11111111 & ((1 << count) - 1), "uint32")
+        lanes = tirx.Ramp(tirx.const(0, "uint32"), tirx.const(1, "uint32"), _LANES)
+        bits = merged(0, count // _LANES) & tirx.shift_left(tirx.Broadcast(own, _LANES), lanes)
+        return fence(tirx.call_llvm_pure_intrin("uint32", "llvm.vector.reduce.add", bits))
+
+    return function.with_body(tvm_ffi.structural_map(function.body, (ir.Call, gather)))
