@@ -11,6 +11,7 @@ from tvm import relax
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
+import pipeline.llvm  # noqa: F401 (TVM finds its function by name)
 from pipeline import cuda_kernel, program
 from pipeline.cuda_kernel import Kernel
 from targets import Target
@@ -37,9 +38,9 @@ def default_schedule(mod: tvm.IRModule, target: Target, threads: int) -> Any:
     sch = Schedule(mod)  # of the module as it is: a schedule of ``func.with_attr(..)`` changes ``func`` too
     if target.gpu is None:
         schedule_cpu.schedule(sch, target, threads)
-        return sch
-    schedule_cuda.schedule(sch, target)
-    return Schedule(schedule_cuda.written(sch.mod, target))
+    else:
+        schedule_cuda.schedule(sch, target)
+    return sch
 
 
 def open_records(folder: Path, target: Target) -> Any:
@@ -55,6 +56,8 @@ def open_records(folder: Path, target: Target) -> Any:
 
 def finish(function: Any, target: Target) -> Any:
     """A scheduled function as it is built: what no schedule can say is done here."""
+    if target.gpu is not None:
+        return schedule_cuda.written(function, target)
     return bitpack.with_shifts(function, target.shift_insert) if target.shift_insert else function
 
 

@@ -213,7 +213,11 @@ class Sum:
         """What is stored of the weights, negated where ``flip`` < 0 and filled up to ``filters``, and how kernels make
         their words of it."""
         words = bitserial_conv2d.pack_weight(self.weights * flip.reshape(-1, 1, 1, 1), self.code)
-        return [np.pad(words, [*[(0, 0)] * 4, (0, filters - len(flip))])], lambda weight: weight
+        words = np.pad(words, [*[(0, 0)] * 4, (0, filters - len(flip))])
+        counter = self.emitter.target.byte_counter
+        if counter is None or filters % counter.octets:
+            return [words], lambda weight: weight
+        return [bitserial_conv2d.octets(words, counter.octets)], lambda weight: weight
 
     def _words(self) -> relax.Expr:
         return self.codes.words()

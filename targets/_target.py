@@ -28,6 +28,11 @@ class ByteCounter:
     pair_sum: str
     quad_sum: str
 
+    @property
+    def octets(self) -> int:
+        """Bytes of a vector."""
+        return 4 * self.lanes
+
     def sum_bytes(self, octets: Any) -> Any:
         """The sum of the four bytes of every lane: uint8x(4 lanes) -> int32x(lanes); a sum of two fits 16 bits."""
         from tvm import tirx

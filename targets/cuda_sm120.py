@@ -10,5 +10,6 @@ TARGET = dataclasses.replace(
     name="cuda-sm120",
     popcount="POPC: no 1-bit tensor cores, the compiler emulates them",
     source="CUDA C++ Programming Guide 13.0, compute capabilities; PTX ISA 9.0, mma; nvcc 13.0.88's SASS",
+    byte_counter=None,
     gpu=Gpu(arch="sm_120", bit_product="", fragment=(0, 0, 0), async_copy=True, shared_bytes=99 << 10),
 )

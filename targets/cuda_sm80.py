@@ -10,5 +10,6 @@ TARGET = dataclasses.replace(
     name="cuda-sm80",
     popcount="1-bit tensor cores (BMMA, and)",
     source="CUDA C++ Programming Guide 13.0, compute capabilities; PTX ISA 9.0, mma; nvcc 13.0.88's SASS",
+    byte_counter=None,
     gpu=Gpu(arch="sm_80", bit_product="and", fragment=(16, 8, 256), async_copy=True, shared_bytes=163 << 10),
 )

@@ -16,10 +16,10 @@ import pytest
 import tvm
 from cuda_emulator import emulator
 from test_ops import CASES, CODES, convolution, drawn, lower, signs, transform, windows, words
-from tvm import te
+from tvm import te, topi
 
 import targets
-from pipeline.compiler import default_schedule
+from pipeline.compiler import default_schedule, finish
 from tvm_ops import output_transform, schedule_cuda
 from tvm_ops.bitplanes import Code, pack
 from tvm_ops.cuda.problem import Problem
@@ -41,16 +41,12 @@ def arch(target: targets.Target) -> str:
 
 def kernel(mod: tvm.IRModule, target: targets.Target, tile: Tile | None = None) -> tvm.IRModule:
     """The function ``main`` as a kernel of ``target``, with the rule's tile or another."""
-    if tile is None:
-        mod = default_schedule(mod, target, 1).mod
-    else:
-        sch = tvm.s_tir.Schedule(mod)
-        schedule_cuda.schedule(sch, target)
+    sch = default_schedule(mod, target, 1)
+    if tile is not None:
         block = sch.get_sblock(implicit_gemm.BLOCK)
         sch.unannotate(block, "tile")
         sch.annotate(block, "tile", tile.number)
-        mod = schedule_cuda.written(sch.mod, target)
-    return tvm.IRModule({"main": mod["main"].with_attr("global_symbol", "main")})
+    return tvm.IRModule({"main": finish(sch.mod["main"], target).with_attr("global_symbol", "main")})
 
 
 def run(
@@ -157,7 +153,7 @@ def test_every_tile(target: str, rng: np.random.Generator) -> None:
         compute, arrays = bit_gemm(args[2], args[1], size * size, args[3], "bits", gpu)
         mod, _ = lower(compute, [words(args[0]), *arrays])
         assert gpu.gpu is not None
-        drawn_tiles = tiles(Problem(_inlined(mod, gpu)), gpu.gpu)
+        drawn_tiles = tiles(Problem(default_schedule(mod, gpu, 1).mod["main"]), gpu.gpu)
         assert [Tile.of(t.number) for t in drawn_tiles] == drawn_tiles
         for i in rng.permutation(len(drawn_tiles))[:3]:
             print(drawn_tiles[i])
@@ -166,12 +162,6 @@ def test_every_tile(target: str, rng: np.random.Generator) -> None:
         for tile in split:
             several = of_codes(rng, many, CODES["2w"], 1, 40, filters, geometry)
             check_gemm(*several, "floats", gpu, tile)
-
-
-def _inlined(mod: tvm.IRModule, target: targets.Target) -> Any:
-    sch = tvm.s_tir.Schedule(mod)
-    schedule_cuda.schedule(sch, target)
-    return sch.mod["main"]
 
 
 @pytest.mark.slow
@@ -322,6 +312,15 @@ def test_sums_to_few_outputs(rng: np.random.Generator) -> None:
             return te.compute(extents, lambda *i: sums[i] * 0.5, name="halves")
 
         np.testing.assert_array_equal(run(compute, [x], target), x.sum(axes) / 2)
+
+
+def test_softmax(rng: np.random.Generator) -> None:
+    target = targets.load(str(rng.choice(GPUS)))
+    x = rng.normal(0, 3, (int(rng.integers(1, 5)), int(rng.integers(2, 100)))).astype(np.float32)
+    x[0, 0] = rng.choice(np.array([0, np.inf, np.nan], np.float32))
+    with np.errstate(all="ignore"):
+        e = np.exp(x - x.max(1, keepdims=True))
+    np.testing.assert_allclose(run(topi.nn.softmax, [x], target), e / e.sum(1, keepdims=True), rtol=1e-5)
 
 
 # Machine code ----------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ words, whose bytes are counted, weighted 1, 2, 4, ... and summed across each 32-
 
     sum_i popcount(x_i ^ w_i) = sum_level 2^level popcount(word of level)
 
-Bytes hold the sum of up to 31 words. It is a tensor intrinsic: `describe` is what the plain operator does to one pixel
-and one vector of filters, and the network is how.
+Bytes hold the sum of up to 31 words. Weights in words give a vector a filter for every 32 bits, and counts are summed
+across those; weights in bytes (`bitserial_conv2d.octets`) give it four times the filters, so that a window has four
+times the vectors and the table look-ups are shared by four times as many. It is a tensor intrinsic: `describe` is what
+the plain operator does to one pixel and one vector of filters, and the network is how.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from targets import ByteCounter
 from tvm_ops.ops.bitserial_conv2d import Planes
 
 MOST_WORDS = 255 // 8
+MOST_OCTETS = 104  # beyond it the code is long and the gain small
 _MOST_NETWORKS = 16  # beyond that many pairs of planes the code no longer fits the instruction cache
 
 
@@ -32,16 +35,23 @@ class Window:
     words: int
     dilations: tuple[int, int]
     planes: Planes
+    octets: bool = False
 
     @property
     def name(self) -> str:
         planes, (dy, dx) = self.planes, self.dilations
         meeting = f"{planes.x}_{planes.w}_{planes.x_masked:d}_{planes.w_masked:d}"
-        return f"popcounts_{self.height}x{self.width}x{self.words}_{dy}_{dx}_{meeting}"
+        kind = "octets" if self.octets else "popcounts"
+        return f"{kind}_{self.height}x{self.width}x{self.words}_{dy}_{dx}_{meeting}"
+
+    @property
+    def word(self) -> str:
+        """The type of one weight."""
+        return "uint8" if self.octets else "uint32"
 
 
 def window(
-    kernel: tuple[int, int], words: int, dilations: tuple[int, int], planes: Planes, most: int = MOST_WORDS
+    kernel: tuple[int, int], words: int, dilations: tuple[int, int], planes: Planes, most: int, octets: bool = False
 ) -> Window | None:
     """The largest window of whole kernel rows of at most ``most`` words; None for a longer row of taps, or for more
     planes than are worth it."""
@@ -49,15 +59,16 @@ def window(
     if width > most or planes.x * planes.w > _MOST_NETWORKS:
         return None
     deep = max(d for d in range(1, words + 1) if words % d == 0 and (d == 1 or d * height * width <= most))
-    return Window(height, width, deep, dilations, planes)
+    return Window(height, width, deep, dilations, planes, octets)
 
 
 def register_those_in(text: str, counter: ByteCounter) -> None:
     """Register the intrinsics of ``counter`` that tuning records name, before TVM reads the records."""
     number = r"_(\d+)"
-    for numbers in set(re.findall(rf"popcounts_(\d+)x(\d+)x(\d+){number * 6}_{counter.name}\b", text)):
+    for kind, *numbers in set(re.findall(rf"(popcounts|octets)_(\d+)x(\d+)x(\d+){number * 6}_{counter.name}\b", text)):
         kh, kw, words, dy, dx, x, w, x_masked, w_masked = map(int, numbers)
-        intrinsic(counter, Window(kh, kw, words, (dy, dx), Planes(x, w, bool(x_masked), bool(w_masked))))
+        planes = Planes(x, w, bool(x_masked), bool(w_masked))
+        intrinsic(counter, Window(kh, kw, words, (dy, dx), planes, kind == "octets"))
 
 
 def intrinsic(counter: ByteCounter, window: Window) -> str:
@@ -68,16 +79,17 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
     name = f"{window.name}_{counter.name}"
     if TensorIntrin.get(name, allow_missing=True) is not None:
         return name
-    kh, kw, words, lanes = window.height, window.width, window.words, counter.lanes
+    kh, kw, words = window.height, window.width, window.words
+    lanes = counter.octets if window.octets else counter.lanes
     dy, dx = window.dilations
     height, width = (kh - 1) * dy + 1, (kw - 1) * dx + 1
     px, pw = window.planes.stored
-    vector = f"int32x{lanes}"
+    levels = (kh * kw * words).bit_length()
 
     @T.prim_func(s_tir=True)
     def describe(x: T.handle, w: T.handle, sums: T.handle) -> None:
         pixel = T.match_buffer(x, (height, width, px, words), "uint32", offset_factor=1)
-        filters = T.match_buffer(w, (kh, kw, pw, words, lanes), "uint32", offset_factor=1)
+        filters = T.match_buffer(w, (kh, kw, pw, words, lanes), window.word, offset_factor=1)
         out = T.match_buffer(sums, (lanes,), "int32", offset_factor=1)
         with T.sblock("root"):
             T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:words], filters[0:kh, 0:kw, 0:pw, 0:words, 0:lanes])
@@ -96,12 +108,15 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
         wp = T.int32()
         wk = T.int32()
         pixel = T.match_buffer(x, (height, width, px, words), "uint32", offset_factor=1, strides=[xy, xx, xp, 1])
-        filters = T.match_buffer(w, (kh, kw, pw, words, lanes), "uint32", offset_factor=1, strides=[wy, wx, wp, wk, 1])
+        filters = T.match_buffer(
+            w, (kh, kw, pw, words, lanes), window.word, offset_factor=1, strides=[wy, wx, wp, wk, 1]
+        )
         out = T.match_buffer(sums, (lanes,), "int32", offset_factor=1)
         with T.sblock("root"):
             T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:words], filters[0:kh, 0:kw, 0:pw, 0:words, 0:lanes])
             T.writes(out[0:lanes])
-            out.vstore([0], out.vload([0], vector) + _count(counter, window, pixel, filters))
+            bits = T.alloc_buffer((levels, 3, counter.lanes), "uint32", scope="local")
+            _count(counter, window, pixel, filters, out, bits)
 
     TensorIntrin.register(name, describe, implement)
     return name
@@ -116,63 +131,132 @@ def _update(window: Window, lanes: int, x: Any, w: Any, sums: Any, loops: tuple[
     extents = (window.height, window.width, window.words)
     i, j, k = (axis.reduce(extent, loop) if extent > 1 else 0 for extent, loop in zip(extents, reduced, strict=True))
     dy, dx = window.dilations
-    ones = window.planes.count(lambda plane: x[i * dy, j * dx, plane, k], lambda plane: w[i, j, plane, k, o])
+    ones = window.planes.count(
+        lambda plane: x[i * dy, j * dx, plane, k].astype(window.word), lambda plane: w[i, j, plane, k, o]
+    )
     buffer_store(sums, sums[o] + ones, [o])
 
 
-def _count(counter: ByteCounter, window: Window, x: Any, w: Any) -> Any:
-    """What the planes' terms count in a window, as an expression of ``lanes`` int32."""
+def _count(counter: ByteCounter, window: Window, x: Any, w: Any, sums: Any, bits: Any) -> None:
+    """Add what the planes' terms count in a window to ``sums``; ``bits`` is memory for the network."""
     from tvm import tirx
-    from tvm.script.ir_builder.tirx import bind
+    from tvm.script.ir_builder.tirx import buffer_store
 
-    word = f"uint32x{counter.lanes}"
+    word, octets = f"uint32x{counter.lanes}", f"uint8x{counter.octets}"
     dy, dx = window.dilations
+
+    def weights(i: int, j: int, plane: int, k: int) -> Any:
+        at = [i, j, plane, k, 0]
+        return tirx.reinterpret(word, w.vload(at, octets)) if window.octets else w.vload(at, word)
+
     taps = [
         window.planes.terms(
             lambda plane, i=i, j=j, k=k: tirx.Broadcast(x[i * dy, j * dx, plane, k], counter.lanes),  # type: ignore[misc]
-            lambda plane, i=i, j=j, k=k: w.vload([i, j, plane, k, 0], word),  # type: ignore[misc]
+            lambda plane, i=i, j=j, k=k: weights(i, j, plane, k),  # type: ignore[misc]
         )
         for k in range(window.words)
         for i in range(window.height)
         for j in range(window.width)
     ]
-    total = None
+    totals: dict[int, Any] = {}
     for terms in zip(*taps, strict=True):
         (factor, _), *_ = terms
-        ones = bind(_ones(counter, [bind(found) for _, found in terms]))
-        ones = ones if factor == 1 else ones * tirx.Broadcast(tirx.const(factor, "int32"), counter.lanes)
-        total = ones if total is None else total + ones
-    return total
+        levels = _levels(counter, [found for _, found in terms], bits)
+        for first, ones in (_widened if window.octets else _summed)(counter, levels):
+            ones = ones if factor == 1 else ones * tirx.Broadcast(tirx.const(factor, "int32"), counter.lanes)
+            totals[first] = totals[first] + ones if first in totals else ones
+    for first, ones in totals.items():
+        at = [tirx.Ramp(first, 1, counter.lanes)]
+        buffer_store(sums, sums[*at] + ones, at)
 
 
-def _ones(counter: ByteCounter, level: list[Any]) -> Any:
-    """The ones of many words, lane by lane."""
+def _levels(counter: ByteCounter, words: list[Any], bits: Any) -> list[Any]:
+    """Words whose ones, doubled from each to the next, are as many as those of ``words``.
+
+    A word goes in as soon as it is made, and a carry as soon as three meet, so that few wait in registers. They wait
+    in ``bits``, which LLVM takes apart again: TVM's analysis of a long chain of bound variables takes exponential time.
+    """
+    from tvm import tirx
+    from tvm.script.ir_builder.tirx import bind, buffer_store
+
+    waiting = [0] * int(bits.shape[0])
+
+    def place(level: int, slot: int) -> list[Any]:
+        return [level, slot, tirx.Ramp(0, 1, counter.lanes)]
+
+    def take(level: int) -> list[Any]:
+        taken = [bind(bits[*place(level, slot)]) for slot in range(waiting[level])]
+        waiting[level] = 0
+        return taken
+
+    def add(word: Any, level: int) -> None:
+        buffer_store(bits, word, place(level, waiting[level]))
+        waiting[level] += 1
+        if waiting[level] == 3:
+            total, carry = _full_adder(counter, *take(level))
+            add(total, level)
+            add(carry, level + 1)
+
+    for word in words:
+        add(word, 0)
+    for level, left in enumerate(waiting):  # which grows while it is read
+        if left == 2:
+            a, b = take(level)
+            add(a ^ b, level)
+            add(a & b, level + 1)
+    return [bits[*place(level, 0)] for level, left in enumerate(waiting) if left]
+
+
+def _full_adder(counter: ByteCounter, a: Any, b: Any, c: Any) -> tuple[Any, Any]:
+    """The sums of three words' bits, and the carries."""
     from tvm import tirx
     from tvm.script.ir_builder.tirx import bind
 
     def logic(a: Any, b: Any, c: Any, table: int) -> Any:
-        table = tirx.const(table, "int32")
-        return tirx.call_llvm_pure_intrin(f"uint32x{counter.lanes}", counter.ternary_logic, a, b, c, table)
+        bits = tirx.const(table, "int32")
+        return tirx.call_llvm_pure_intrin(f"uint32x{counter.lanes}", counter.ternary_logic, a, b, c, bits)
 
-    def full_adder(a: Any, b: Any, c: Any) -> tuple[Any, Any]:
-        if counter.ternary_logic:
-            return bind(logic(a, b, c, 0x96)), bind(logic(a, b, c, 0xE8))  # a ^ b ^ c, majority
-        either = bind(a ^ b)
-        return bind(either ^ c), bind((a & b) | (c & either))
+    if counter.ternary_logic:
+        total = bind(logic(a, b, c, 0x96))  # a ^ b ^ c
+        # The majority is b where b = c, else not the total: a, whose register the total has taken, is not needed.
+        return total, bind(logic(b, c, total, 0xD4))
+    either = bind(a ^ b)
+    return bind(either ^ c), bind((a & b) | (c & either))
 
-    levels = []
-    while level:
-        carries: list[Any] = []
-        while len(level) > 2:
-            total, carry = full_adder(*level[:3])
-            level, carries = [*level[3:], total], [*carries, carry]
-        if len(level) == 2:
-            a, b = level
-            level, carries = [bind(a ^ b)], [*carries, bind(a & b)]
-        levels.append(level[0])
-        level = carries
+
+def _in_bytes(counter: ByteCounter, levels: list[Any]) -> Any:
+    """The ones of at most five levels, byte by byte."""
+    from tvm import tirx
+
     total = None
     for bits in reversed(levels):
-        ones = tirx.popcount(tirx.reinterpret(f"uint8x{4 * counter.lanes}", bits))
+        ones = tirx.popcount(tirx.reinterpret(f"uint8x{counter.octets}", bits))
         total = ones if total is None else total + total + ones
-    return counter.sum_bytes(total)
+    return total
+
+
+def _summed(counter: ByteCounter, levels: list[Any]) -> list[tuple[int, Any]]:
+    """The ones of levels, summed across words."""
+    from tvm.script.ir_builder.tirx import bind
+
+    return [(0, bind(counter.sum_bytes(_in_bytes(counter, levels))))]
+
+
+def _widened(counter: ByteCounter, levels: list[Any]) -> list[tuple[int, Any]]:
+    """The ones of levels, a byte a filter."""
+    from tvm import tirx
+    from tvm.script.ir_builder.tirx import bind
+
+    parts = [bind(_in_bytes(counter, levels[first : first + 5])) for first in range(0, len(levels), 5)]
+
+    def lanes(part: Any, first: int) -> Any:
+        chosen = tirx.Shuffle([part], [tirx.const(first + lane, "int32") for lane in range(counter.lanes)])
+        return tirx.Cast(f"int32x{counter.lanes}", chosen)
+
+    found = []
+    for first in range(0, counter.octets, counter.lanes):
+        total = lanes(parts[-1], first)
+        for part in reversed(parts[:-1]):
+            total = total * tirx.Broadcast(tirx.const(32, "int32"), counter.lanes) + lanes(part, first)
+        found.append((first, bind(total)))
+    return found

@@ -182,6 +182,9 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     unpacks = sch.get(main).name_hint == bitweight_conv2d.BLOCK
     of_floats = sch.get(main).name_hint == float_conv2d.BLOCK
     whole = WORD_BITS if packs or unpacks else 1  # and so many stay together
+    in_octets = target.byte_counter is not None and _in_octets(sch, main)
+    if target.byte_counter and in_octets:
+        whole = target.byte_counter.octets
     work = math.prod(_extents(sch, sch.get_loops(main))) // target.lanes
 
     *outer, channel = sch.get_loops(writer)
@@ -205,7 +208,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     channel_outer, inner[-1] = sch.split(channel, [None, inner[-1]])
     outer.append(channel_outer)
     shared = outer
-    if (unpacks or of_floats) and math.prod(extents) >= _MANY_PIXELS:
+    if (unpacks or of_floats or in_octets) and math.prod(extents) >= _MANY_PIXELS:
         # Filters first: a tile of them is unpacked once for all pixels, or stays in the nearest cache.
         outer = [channel_outer, *outer[:-1]]
         shared = outer[:1] if unpacks else outer
@@ -225,7 +228,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
 
     spatial, reduction = _own_loops(sch, main)
     _share(sch, shared, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
-    network = counter and _window(sch, main, lanes, counter.lanes, adder_network.MOST_WORDS)
+    network = counter and _network(sch, main, lanes, counter)
     if popcount and in_bytes:
         _sum_bytes(sch, main, spatial, reduction, in_bytes, popcount, whole, target)
         spatial = []
@@ -297,7 +300,18 @@ def _window(sch: Any, main: Any, channels: int, lanes: int, most: int) -> adder_
     dy, dx = (int(d) for d in block.annotations["dilations"])
     x, w, x_masked, w_masked = (int(p) for p in block.annotations["planes"])
     planes = bitserial_conv2d.Planes(x, w, bool(x_masked), bool(w_masked))
-    return adder_network.window((kh, kw), words, (dy, dx), planes, most)
+    return adder_network.window((kh, kw), words, (dy, dx), planes, most, _in_octets(sch, main))
+
+
+def _in_octets(sch: Any, main: Any) -> bool:
+    """Whether the weights of a bit-serial sum lie in bytes."""
+    return bool(sch.get(main).annotations.get("octets", 0))
+
+
+def _network(sch: Any, main: Any, channels: int, counter: ByteCounter) -> adder_network.Window | None:
+    if _in_octets(sch, main):
+        return _window(sch, main, channels, counter.octets, adder_network.MOST_OCTETS)
+    return _window(sch, main, channels, counter.lanes, adder_network.MOST_WORDS)
 
 
 def _count_bytes(
@@ -305,10 +319,10 @@ def _count_bytes(
 ) -> None:
     """One pixel and one vector of filters at a time, a window of words each."""
     ry, rx, rk = reduction
-    vectors, lane = sch.split(spatial[-1], [None, counter.lanes])
+    vectors, lane = sch.split(spatial[-1], [None, counter.octets if window.octets else counter.lanes])
     rows, ry = sch.split(ry, [None, window.height])
     words, rk = sch.split(rk, [None, window.words])
-    sch.reorder(rows, words, *spatial[:-1], vectors, ry, rx, rk, lane)
+    sch.reorder(*spatial[:-1], vectors, rows, words, ry, rx, rk, lane)
     initial = sch.decompose_reduction(main, rows)
     sch.vectorize(sch.get_loops(initial)[-1])
     sch.tensorize(ry, adder_network.intrinsic(counter, window))

@@ -40,22 +40,20 @@ def schedule(sch: Any, target: Target, sample: bool = False) -> None:
         _schedule_reduction_or_map(sch, left)
 
 
-def written(mod: Any, target: Target) -> Any:
-    """A scheduled module with its matrix products and packings written out, and floats rounded as on CPUs."""
+def written(func: Any, target: Target) -> Any:
+    """A scheduled function as it is built: matrix products and packings written out, floats rounded as on CPUs."""
+    from tvm import IRModule
     from tvm.tirx.transform import ForceNarrowIndexToInt32
 
     assert target.gpu is not None
-    mod = ForceNarrowIndexToInt32()(mod)
-    func = mod["main"]
+    func = ForceNarrowIndexToInt32()(IRModule({"main": func}))["main"]
     found = blocks(func)
     if implicit_gemm.BLOCK in found:
         tile = Tile.of(int(found[implicit_gemm.BLOCK].annotations["tile"]))
         func = gemm.write(func, tile, target.gpu)
     elif bitpack.FLAGS in found:
         func = pack.write(func)
-    mod = mod.clone()
-    mod["main"] = func.with_body(_rounded(func.body))
-    return mod
+    return func.with_body(_rounded(func.body))
 
 
 def _rounded(body: Any) -> Any:
@@ -65,6 +63,11 @@ def _rounded(body: Any) -> Any:
     """
     from tvm import tirx
     from tvm.ir import Call
+    from tvm.s_tir import SBlock
+
+    exchanged: list[Any] = []  # what several reductions of a function make; TVM has to recognise their operators
+    tvm_ffi.structural_walk(body, (SBlock, lambda b: exchanged.append(b.body.buffer) if b.init is not None else None))
+    exchanged = exchanged if len(exchanged) > 1 else []
 
     def call(value: Any) -> Any:
         name = getattr(value.op, "name", "")
@@ -73,17 +76,19 @@ def _rounded(body: Any) -> Any:
             return tirx.call_pure_extern("float32", "__fmul_rn", product.a, product.b)
         return value
 
-    def larger(value: Any) -> Any:
-        return tirx.Select(value.a > value.b, value.a, value.b) if _is_float(value) else value
+    def compared(value: Any) -> Any:
+        if "float" not in str(value.ty.dtype) or any(_is_load(value.a, buffer) for buffer in exchanged):
+            return value
+        first = value.a > value.b if isinstance(value, tirx.Max) else value.a < value.b
+        return tirx.Select(first, value.a, value.b)
 
-    def smaller(value: Any) -> Any:
-        return tirx.Select(value.a < value.b, value.a, value.b) if _is_float(value) else value
-
-    return tvm_ffi.structural_map(body, [(Call, call), (tirx.Max, larger), (tirx.Min, smaller)])
+    return tvm_ffi.structural_map(body, [(Call, call), (tirx.Max, compared), (tirx.Min, compared)])
 
 
-def _is_float(value: Any) -> bool:
-    return "float" in str(value.ty.dtype)
+def _is_load(value: Any, buffer: Any) -> bool:
+    from tvm.ir import TensorLoad
+
+    return isinstance(value, TensorLoad) and value.source.same_as(buffer)
 
 
 def _inline(sch: Any) -> list[Any]:
@@ -113,12 +118,10 @@ def _choose_tile(sch: Any, target: Target, sample: bool) -> None:
 
 def _schedule_reduction_or_map(sch: Any, blocks: list[Any]) -> None:
     reductions = [block for block in blocks if _is_reduction(sch, block)]
-    if len(reductions) > 1:  # softmax: a kernel for each stage, with small tensors between them
-        for block in blocks:
-            outputs = sum(v.iter_type == _DATA_PARALLEL for v in sch.get(block).iter_vars)
-            _bind(sch, sch.get_loops(block)[:outputs])
-        return
     last = blocks[-1]
+    if len(reductions) > 1:
+        _schedule_rows(sch, reductions, last)
+        return
     if not reductions:
         _bind(sch, sch.get_loops(last))
         return
@@ -127,7 +130,7 @@ def _schedule_reduction_or_map(sch: Any, blocks: list[Any]) -> None:
     outputs = math.prod(int(v.dom.extent) for v in spatial)
     summed = math.prod(int(v.dom.extent) for v in sch.get(main).iter_vars if v.iter_type == _REDUCTION)
     alone = sch.get(last).same_as(sch.get(main))
-    if outputs < _MIN_BLOCKS * LANES and summed >= LANES:  # too few for a thread each
+    if outputs < _MIN_BLOCKS * LANES and summed >= LANES and not _is_extremum(sch, main):  # too few for a thread each
         _sum_across(sch, main, None if alone else last)
         return
     if alone:
@@ -137,6 +140,32 @@ def _schedule_reduction_or_map(sch: Any, blocks: list[Any]) -> None:
         thread = _bind(sch, sch.get_loops(last))
         sch.compute_at(main, thread, preserve_unit_loops=True)
         sch.set_scope(main, 0, "local")
+
+
+def _is_extremum(sch: Any, block: Any) -> bool:
+    """Whether a reduction is a maximum or a minimum, which warps exchange without regard to NaNs."""
+    from tvm import tirx
+
+    return isinstance(sch.get(block).body.value, tirx.Max | tirx.Min | tirx.Select)
+
+
+def _schedule_rows(sch: Any, reductions: list[Any], last: Any) -> None:
+    """A block of one warp for the last axis, with all reductions on the way to it (softmax)."""
+    *rows, inner = sch.get_loops(last)
+    row = sch.fuse(*rows) if len(rows) > 1 else rows[0]
+    sch.bind(row, "blockIdx.x")
+    _bind_lanes(sch, inner)
+    for block in reversed(reductions):
+        sch.compute_at(block, row, preserve_unit_loops=True)
+        sch.set_scope(block, 0, "shared")
+        count = sum(v.iter_type == _REDUCTION for v in sch.get(block).iter_vars)
+        reduced = sch.get_loops(block)[-count:]
+        _bind_lanes(sch, sch.fuse(*reduced) if count > 1 else reduced[0])
+
+
+def _bind_lanes(sch: Any, loop: Any) -> None:
+    _, lane = sch.split(loop, [None, LANES])
+    sch.bind(lane, "threadIdx.x")
 
 
 def _sum_across(sch: Any, main: Any, consumer: Any) -> None:
@@ -152,8 +181,7 @@ def _sum_across(sch: Any, main: Any, consumer: Any) -> None:
         reduced = loops[spatial:]
         _bind_warps(sch, loops[:spatial])
     fused = sch.fuse(*reduced) if len(reduced) > 1 else reduced[0]
-    _, lane = sch.split(fused, [None, LANES])
-    sch.bind(lane, "threadIdx.x")
+    _bind_lanes(sch, fused)
 
 
 def _bind_warps(sch: Any, loops: list[Any]) -> Any:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import tvm_ffi
+
 from tvm_ops.bitplanes import WORD_BITS
 from tvm_ops.cuda import ptx
 from tvm_ops.cuda.problem import Problem
 from tvm_ops.cuda.tile import CHUNK, Tile
-from tvm_ops.cuda.tir import LANES, if_, loop, unravel
+from tvm_ops.cuda.tir import LANES, if_, loop, replaced, replaced_load, unravel
 from tvm_ops.ops.bitserial_gemm import FRAGMENT_WORDS
 
 
@@ -60,7 +62,7 @@ class Sums:
         self.dtype = str(problem.products.buffer.dtype)
         self.sums = T.alloc_buffer((size,), self.dtype, scope="local")
         self.totals = T.alloc_buffer((size,), self.dtype, scope="local") if problem.pairs > 1 else self.sums
-        for buffer in (self.sums, self.totals):
+        for buffer in (self.sums, self.totals) if problem.pairs > 1 else (self.sums,):
             for i in range(size):
                 T.buffer_store(buffer, tirx.const(0, self.dtype), [i])
 
@@ -319,40 +321,42 @@ class TensorCores(Sums):
         for q in range(self.across_fragments // 4):
             o = o0 + self.across * self.tile.columns + q * 32
             rows = [(start + 16 * q, m) for start, m in self._thread_rows(m0)]
+            own = o + tirx.floormod(self.lane, 4) * 8
+            filters = _Filters(self.problem, own, self.tile)
             if self.problem.flags is None:
-                self._store_values(rows, o + tirx.floormod(self.lane, 4) * 8)
+                self._store_values(rows, own, filters)
             else:
-                self._store_words(rows, o)
+                self._store_words(rows, o, filters)
 
-    def _value(self, start: int, m: Any, o: Any, e: int) -> Any:
-        """What is made of the sum of filter o + e."""
-        return self.problem.finished(m, o + e, self.totals[start + 4 * (e // 2) + e % 2])
+    def _totals(self, start: int) -> list[Any]:
+        """A row's sums of eight neighbouring filters."""
+        return [self.totals[start + 4 * (e // 2) + e % 2] for e in range(8)]
 
-    def _store_values(self, rows: list[tuple[int, Any]], o: Any) -> None:
+    def _store_values(self, rows: list[tuple[int, Any]], o: Any, filters: _Filters) -> None:
         from tvm import tirx
         from tvm.script.ir_builder import tirx as T
 
         problem = self.problem
-        whole = problem.columns % 8 == 0
         out = problem.last.buffer
         for start, m in rows:
             at = problem.last.indices(*unravel(m, problem.last.extents[:-1]), o)
             with ExitStack() as guard:
                 if inside := _inside(problem, self.tile, m, o):
                     guard.enter_context(if_(tirx.all(*inside)))
+                made = filters.finished(m, self._totals(start))
+                if not filters.whole:
+                    for e, value in enumerate(made):
+                        with if_(o + e < problem.columns):
+                            T.buffer_store(out, value, [*at[:-1], at[-1] + e])
+                    continue
                 values = T.alloc_buffer((8,), str(out.dtype), scope="local")
-                for e in range(8):
-                    with ExitStack() as last:
-                        if not whole:
-                            last.enter_context(if_(o + e < problem.columns))
-                        value = self._value(start, m, o, e)
-                        T.buffer_store(*((values, value, [e]) if whole else (out, value, [*at[:-1], at[-1] + e])))
-                for e in range(0, 8 if whole else 0, 4):
-                    one = tirx.const(1, "int32")
-                    four = values[tirx.Ramp(tirx.const(e, "int32"), one, 4)]
-                    T.buffer_store(out, four, [*at[:-1], tirx.Ramp(at[-1] + e, one, 4)])
+                for e, value in enumerate(made):
+                    T.buffer_store(values, value, [e])
+                for e in (0, 4):
+                    four = values[tirx.Ramp(tirx.const(e, "int32"), tirx.const(1, "int32"), 4)]
+                    T.buffer_store(out, four, [*at[:-1], tirx.Ramp(at[-1] + e, tirx.const(1, "int32"), 4)])
 
-    def _store_words(self, rows: list[tuple[int, Any]], first: Any) -> None:
+    def _store_words(self, rows: list[tuple[int, Any]], first: Any, filters: _Filters) -> None:
         """A thread's eight bits are a byte; the bytes of four neighbours are a word, which one of them stores."""
         from tvm import tirx
         from tvm.script.ir_builder import tirx as T
@@ -364,16 +368,80 @@ class TensorCores(Sums):
         every = tirx.const(0xFFFFFFFF, "uint32")
         for number, (start, m) in enumerate(rows):
             octet: Any = tirx.const(0, "uint32")
-            for e in range(8):
-                bit = self._value(start, m, o, e)
-                if problem.columns % self.tile.block[1]:
+            for e, bit in enumerate(filters.finished(m, self._totals(start))):
+                if problem.columns % self.tile.block[1] and not filters.whole:
                     bit = tirx.if_then_else(o + e < problem.columns, bit, tirx.const(0, "uint32"))
                 octet = octet | (bit << tirx.const(e, "uint32"))
             made = T.bind(octet << shift)
             for step in (1, 2):
                 made = T.bind(made | T.tvm_warp_shuffle_xor(every, made, step, LANES, LANES))
-            there = [t == number % 4]
+            there = [tirx.EQ(t, number % 4)]
             there += [m < problem.rows] if problem.rows % self.tile.block[0] else []
             there += [word < extents[-2]] if extents[-2] * WORD_BITS % self.tile.block[1] else []
             with if_(tirx.all(*there)):
                 T.buffer_store(problem.last.buffer, made, problem.last.indices(*unravel(m, extents[:-2]), word, 0))
+
+
+class _Filters:
+    """What follows the sums of eight neighbouring filters, whose constants are loaded four at a time.
+
+    whole: whether all eight are there, if the first is.
+    """
+
+    def __init__(self, problem: Problem, first: Any, tile: Tile) -> None:
+        from tvm import tirx
+
+        self.problem, self.first = problem, first
+        self.whole = problem.columns % 8 == 0
+        # The filters of threads beyond the last one have no constants: any will do, for what is made is not stored.
+        beyond = problem.columns % tile.block[1] != 0
+        self.loaded = tirx.min(first, problem.columns - 8) if beyond else first
+        self.common: list[tuple[Any, Any]] = []  # what all rows share
+        if self.whole:
+            filter_ = tirx.Var("filter", "int32")
+            value = problem.finished(0, filter_, tirx.Var("total", str(problem.products.buffer.dtype)))
+            self.common = [found for found in self._eights(value, filter_) if len(found[0].indices) == 1]
+
+    def _eights(self, value: Any, filter_: Any) -> list[tuple[Any, Any]]:
+        """The loads for a filter, and for all eight in registers."""
+        from tvm.ir import TensorLoad
+
+        loads: list[Any] = []
+        tvm_ffi.structural_walk(value, (TensorLoad, loads.append))
+        mine = [load for load in loads if load.indices[-1].same_as(filter_) and _is_word(load)]
+        return [(load, self._eight(load)) for load in mine]
+
+    def finished(self, m: Any, totals: list[Any]) -> list[Any]:
+        """What is stored for each filter's sum, or its bit."""
+        from tvm import tirx
+
+        filter_ = tirx.Var("filter", "int32")
+        total = tirx.Var("total", str(self.problem.products.buffer.dtype))
+        value = self.problem.finished(m, filter_, total)
+        eights = self._eights(value, filter_) if self.whole else []
+        made = []
+        for e, own in enumerate(totals):
+            each = value
+            for load, eight in eights:
+                each = replaced_load(each, load, eight[e])
+            made.append(replaced(each, [filter_, total], [self.first + e, own]))
+        return made
+
+    def _eight(self, load: Any) -> Any:
+        """The elements of a load for all filters, in registers."""
+        from tvm import tirx
+        from tvm.script.ir_builder import tirx as T
+
+        for known, eight in self.common:
+            if known.source.same_as(load.source) and len(load.indices) == 1:
+                return eight
+        eight = T.alloc_buffer((8,), str(load.ty.dtype), scope="local")
+        *outer, _ = load.indices
+        for e in (0, 4):
+            here, there = (tirx.Ramp(at + e, tirx.const(1, "int32"), 4) for at in (tirx.const(0, "int32"), self.loaded))
+            T.buffer_store(eight, load.source[(*outer, there)], [here])
+        return eight
+
+
+def _is_word(load: Any) -> bool:
+    return str(load.ty.dtype) in ("float32", "int32")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from targets import Gpu
 from tvm_ops.cuda.problem import Problem
@@ -15,7 +14,7 @@ CHUNK = 4
 """Words that a thread copies at once, and that ldmatrix reads of a row."""
 
 
-# Rows, columns, down, across, split; larger ones first.
+# Rows, columns, down, across, split; larger ones first. With few rows, the smallest that holds them.
 _ORDINARY = ((8, 64, 8, 1, 1), (8, 32, 8, 1, 1), (4, 32, 8, 1, 1), (4, 32, 4, 1, 1), (2, 32, 4, 1, 1), (2, 32, 4, 1, 2))
 _FEW_ROWS = ((8, 32, 1, 1, 8), (4, 32, 1, 1, 8), (2, 32, 1, 1, 8), (1, 32, 1, 1, 8))
 _TENSOR = (
@@ -83,35 +82,57 @@ class Tile:
 
     @property
     def shared_words(self) -> int:
+        """Of the steps."""
         return self.stages * sum(self.block) * self.pitch
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of the steps, and of the sums that warps exchange."""
+        return 4 * (self.shared_words + (self.split - 1) * math.prod(self.block))
+
+    @property
+    def least_depth(self) -> int:
+        """A step in which every warp has something to count."""
+        return self.split * (FRAGMENT_WORDS if self.tensor else CHUNK)
 
 
 def tiles(problem: Problem, gpu: Gpu) -> list[Tile]:
-    """The tiles that suit a product, the one of the rule first: the largest that fills the GPU."""
+    """The tiles that suit a product, first the one of the rule: the largest that fills the GPU."""
+    suiting = _suiting(problem, gpu)
+    filling = [tile for tile in suiting if _blocks(problem, tile) >= _MIN_BLOCKS]
+    rule = (filling or suiting[-1:])[0]
+    variants = {
+        replace(tile, depth=tile.depth * halves // 2, stages=stages): None
+        for tile in suiting
+        for halves in (1, 2, 4)
+        for stages in (2, 3, 4)
+    }
+    fitting = [
+        tile
+        for tile in variants
+        if tile.depth >= tile.least_depth
+        and tile.stages <= tile.steps(problem) * problem.pairs + 1
+        and tile.shared_bytes <= gpu.shared_bytes
+    ]
+    return [rule, *(tile for tile in fitting if tile != rule)]
+
+
+def _suiting(problem: Problem, gpu: Gpu) -> list[Tile]:
+    """One tile of each size, larger ones first."""
     tensor = problem.operation != "" and problem.operation == gpu.bit_product and problem.rows >= MIN_FRAGMENT_ROWS
-    few = problem.rows <= _FEW_ROWS[0][0]
+    holding = [size for size in _FEW_ROWS if size[0] >= problem.rows]
+    sizes = holding[-1:] or (_TENSOR if tensor else _ORDINARY)
     found = []
-    for sizes in _TENSOR if tensor else _FEW_ROWS if few else _ORDINARY:
-        split = sizes[-1]
-        least = split * (FRAGMENT_WORDS if tensor else CHUNK)
-        most = max(32, least) if tensor else max(16, 2 * least)
-        depth = least
-        while depth < most and depth < problem.depth and _stage_bytes(sizes, 2 * depth) <= _SHARED // 3:
+    for size in sizes:
+        tile = Tile(tensor, *size, 1, 1)
+        depth, most = tile.least_depth, max(32 if tensor else 16, (1 if tensor else 2) * tile.least_depth)
+        while depth < min(most, problem.depth) and 4 * sum(tile.block) * 2 * depth <= _SHARED // 3:
             depth *= 2
         steps = math.ceil(problem.depth / depth) * problem.pairs
-        found.append(Tile(tensor, *sizes, depth, min(3 if gpu.async_copy else 2, steps + 1)))
-    if few:
-        fitting = [tile for tile in found if tile.rows >= problem.rows]
-        return fitting[::-1]
-
-    def blocks_of(tile: Tile) -> int:
-        rows, columns = tile.block
-        return math.ceil(problem.rows / rows) * math.ceil(problem.columns / columns)
-
-    filling = [tile for tile in found if blocks_of(tile) >= _MIN_BLOCKS] or found[-1:]
-    return [filling[0], *(tile for tile in found if tile is not filling[0])]
+        found.append(replace(tile, depth=depth, stages=min(3 if gpu.async_copy else 2, steps + 1)))
+    return found
 
 
-def _stage_bytes(sizes: Sequence[int], depth: int) -> int:
-    rows, columns, down, across, _ = sizes
-    return 4 * (rows * down + columns * across) * depth
+def _blocks(problem: Problem, tile: Tile) -> int:
+    rows, columns = tile.block
+    return math.ceil(problem.rows / rows) * math.ceil(problem.columns / columns)

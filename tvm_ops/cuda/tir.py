@@ -13,6 +13,7 @@ LANES = 32
 
 
 def replaced(expression: Any, variables: Sequence[Any], values: Sequence[Any]) -> Any:
+    """An expression with values for its variables."""
     from tvm.ir import Var
 
     def look(variable: Any) -> Any:
@@ -26,6 +27,13 @@ def loads(expression: Any, buffer: Any, value: Any) -> Any:
     from tvm.ir import TensorLoad
 
     return tvm_ffi.structural_map(expression, (TensorLoad, lambda load: value if load.source.same_as(buffer) else load))
+
+
+def replaced_load(expression: Any, found: Any, value: Any) -> Any:
+    """An expression where ``value`` stands for a load."""
+    from tvm.ir import TensorLoad
+
+    return tvm_ffi.structural_map(expression, (TensorLoad, lambda load: value if load.same_as(found) else load))
 
 
 class Block:

@@ -196,6 +196,15 @@ def pack_weight(values: NDArray[Any], code: Code = BINARY) -> NDArray[np.uint32]
     return np.ascontiguousarray(pack(planes.transpose(3, 4, 0, 1, 2)).transpose(0, 1, 2, 4, 3))
 
 
+def octets(words: NDArray[np.uint32], block: int) -> NDArray[np.uint8]:
+    """Words [KH, KW, P, W, O] as bytes, least significant first, a block of filters behind the other: [O / block, KH,
+    KW, P, 4 W, block]. What one vector of filters needs is then one stream, and fits the nearest cache."""
+    kh, kw, planes, count, filters = words.shape
+    parts = np.stack([words >> shift & 255 for shift in (0, 8, 16, 24)], axis=4).astype(np.uint8)
+    blocks = parts.reshape(kh, kw, planes, 4 * count, filters // block, block).transpose(4, 0, 1, 2, 3, 5)
+    return np.ascontiguousarray(blocks)
+
+
 def shifted(values: NDArray[Any], product: Product) -> Border:
     """What the activations' shift contributes, shift * sum of w inside the image, of weights [O, C, KH, KW]."""
     geometry = product.geometry
@@ -232,27 +241,45 @@ def _padded(x: Any, pads: tuple[int, int, int, int]) -> Any:
     return topi.nn.pad(x, [0, top, left, 0, 0], [0, bottom, right, 0, 0], pad_value=zero, name="padded")
 
 
+def _spread(x: Any) -> Any:
+    """Every byte in all four bytes of a word: uint32 [..., W] -> [..., 4 W]."""
+    from tvm import te, tirx
+
+    def four(*index: Any) -> Any:
+        byte = tirx.shift_right(x[(*index[:-1], index[-1] // 4)], tirx.Cast("uint32", index[-1] % 4 * 8))
+        return (byte & tirx.const(0xFF, "uint32")) * tirx.const(0x01010101, "uint32")
+
+    return te.compute((*x.shape[:-1], 4 * x.shape[-1]), four, name="spread")
+
+
 def popcounts(x: Any, weight: Any, product: Product) -> Any:
-    """S of every window: int32 [N, OH, OW, O], of packed activations and weights."""
-    from tvm import te
+    """S of every window: int32 [N, OH, OW, O], of packed activations and weights, which may be `octets`."""
+    from tvm import te, tirx
 
     geometry, planes = product.geometry, product.planes
     x = _padded(x, geometry.pads)
-    kh, kw, _, words, filters = weight.shape
+    in_bytes = weight.dtype == "uint8"
+    if in_bytes:
+        x = _spread(x)
+    *_, kh, kw, _, words, block = weight.shape
+    filters = int(weight.shape[0]) * int(block) if in_bytes else block
     ry, rx, rk = te.reduce_axis((0, kh), "ry"), te.reduce_axis((0, kw), "rx"), te.reduce_axis((0, words), "rk")
     (sy, sx), (dy, dx) = geometry.strides, geometry.dilations
 
     def differing(n: Any, h: Any, w: Any, o: Any) -> Any:
         def activation(plane: int) -> Any:
-            return x[n, h * sy + ry * dy, w * sx + rx * dx, plane, rk]
+            word = x[n, h * sy + ry * dy, w * sx + rx * dx, plane, rk]
+            return tirx.Cast("uint8", word) if in_bytes else word
 
-        return te.sum(planes.count(activation, lambda plane: weight[ry, rx, plane, rk, o]), axis=[ry, rx, rk])
+        at = [o // block, ry, rx] if in_bytes else [ry, rx]
+        lane = o % block if in_bytes else o
+        return te.sum(planes.count(activation, lambda plane: weight[(*at, plane, rk, lane)]), axis=[ry, rx, rk])
 
     attributes = {
         "dilations": list(geometry.dilations),
         "strides": list(geometry.strides),
         "planes": [planes.x, planes.w, int(planes.x_masked), int(planes.w_masked)],
-    }
+    } | ({"octets": 1} if in_bytes else {})
     return te.compute((x.shape[0], *geometry.output, filters), differing, name=BLOCK, attrs=attributes)
 
 
