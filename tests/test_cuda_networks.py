@@ -88,8 +88,8 @@ def test_a_network_of_every_method(method: str, rng: np.random.Generator, tmp_pa
     assert_verified(path, tmp_path, str(rng.choice(["cuda-sm75", "cuda-sm80", "cuda-sm100"])), batch=2)
 
 
-def test_kernels_with_tensors_between_them_and_two_outputs(rng: np.random.Generator, tmp_path: Path) -> None:
-    """A softmax becomes several kernels, whose sums the network lends."""
+def test_softmax_and_two_outputs(rng: np.random.Generator, tmp_path: Path) -> None:
+    """One of which the other is made of."""
 
     class Network(nn.Module):
         def __init__(self) -> None:
