@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-SCHEMA: Literal[2] = 2
+SCHEMA: Literal[3] = 3
 LIBRARY, MANIFEST, GOLDEN, RECORDS = "model.so", "manifest.json", "golden.npz", "records"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183, "armv7l": 40}
 
@@ -89,9 +89,12 @@ Emit = Literal["vm", "c-lib", "c-source"]
 
 
 class Manifest(_Record):
-    """Everything a reader of an artifact needs to know. Sizes in bytes, dates in ISO 8601 (UTC)."""
+    """Everything a reader of an artifact needs to know. Sizes in bytes, dates in ISO 8601 (UTC).
 
-    schema_version: Literal[2]
+    gpus: what its kernels are compiled for, ('sm_80', ...); empty where they run on the CPU.
+    """
+
+    schema_version: Literal[3]
     name: str
     emit: Emit
     c_library: CLibrary | None
@@ -99,6 +102,7 @@ class Manifest(_Record):
     target: str
     machine: str
     features: tuple[str, ...]
+    gpus: tuple[str, ...]
     threads: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]

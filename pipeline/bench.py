@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from pipeline import artifact, session
+from pipeline import artifact, gpu, session
 from pipeline.remote import Board
 from pipeline.session import Session
 from targets import cpu_name
@@ -45,6 +45,7 @@ class Bench(_Record):
     """Measurements of one run on one machine.
 
     Attributes:
+        cpu: what ran, with the GPU before it where one did.
         emulated: times are those of an emulator, and say nothing about the CPU.
         board: where it was measured, over RPC, by the board's clock; None for this machine.
     """
@@ -92,13 +93,17 @@ def bench(
             times.append(subject.seconds(count))
         on_round(done + 1, rounds)
     return Bench(
-        cpu=(board.cpu or "unknown CPU") if board else cpu_name(),
+        cpu=(board.cpu or "unknown CPU") if board else " and ".join([*_gpu_name(sessions), cpu_name()]),
         threads=threads,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         emulated=board is not None and board.emulated,
         board=str(board) if board else None,
         measurements=tuple(_measurement(s, times) for s, times in zip(subjects, seconds, strict=True)),
     )
+
+
+def _gpu_name(sessions: list[Session]) -> list[str]:
+    return [str(gpu.device().device_name)] if any(loaded.manifest.gpus for loaded in sessions) else []
 
 
 @dataclass(frozen=True)

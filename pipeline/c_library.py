@@ -54,7 +54,7 @@ _HWCAPS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 
 
 @dataclass(frozen=True)
-class _Argument:
+class Argument:
     """A tensor of the run function. id: its name in C."""
 
     role: Literal["input", "output"]
@@ -98,12 +98,8 @@ def write(
         constants = "\n\n".join(_array(tensor) for tensor in made.constants)
     else:
         text, constants = "", _references(made, name)
-    values = _values(made, manifest, record, target, parts, text) | {"constants": constants}
-    values["interface"] = _interface(values)
-    (folder / f"{name}.h").write_text(_render("library.h", values))
-    (folder / f"{name}-config.cmake").write_text(_render("config.cmake", values))
-    driver = _render("library.c", values)
-    (folder / f"{name}.py").write_text(_render("network.py", values), encoding="utf-8")
+    values = interface(made, manifest, record, "library.h") | _values(made, manifest, record, target, parts, text)
+    driver = write_around("library.c", values | {"constants": constants}, folder)
     if tools is None:
         (folder / f"{name}.c").write_text(driver)
     else:
@@ -111,26 +107,26 @@ def write(
     return {"kernels": kernels, "tuned_kernels": tuned, "c_library": record}
 
 
+def write_around(driver: str, values: dict[str, Any], folder: Path) -> str:
+    """Write header, CMake config and Python wrapper of a library; returns its driver."""
+    name = values["name"]
+    (folder / f"{name}.h").write_text(_render(values["header"], values))
+    (folder / f"{name}-config.cmake").write_text(_render("config.cmake", values))
+    (folder / f"{name}.py").write_text(_render("network.py", values), encoding="utf-8")
+    return _render(driver, values)
+
+
 def _render(template: str, values: dict[str, Any]) -> str:
     return _TEMPLATES.get_template(f"{template}.jinja").render(values).rstrip() + "\n"
 
 
-def _interface(values: dict[str, Any]) -> int:
-    """A number that changes with the header."""
-    return int(hashlib.sha256(_render("library.h", values | {"interface": 0}).encode()).hexdigest()[:8], 16)
-
-
-def _values(
-    made: Program, manifest: Manifest, record: CLibrary, target: Target, parts: Sequence[Part], kernels: str
-) -> dict[str, Any]:
-    """What the templates name."""
+def interface(made: Program, manifest: Manifest, record: CLibrary, header: str) -> dict[str, Any]:
+    """What the templates name of a library's interface, and a number that changes with its header."""
     arguments = _arguments(made, manifest, record.name)
-    ids = {argument.tensor: argument.id for argument in arguments}
-    cpu, features = ("", "") if kernels else _features(target)
     memories: list[tuple[str, str]] = [(a.role, f"{a.id}, sizeof *{a.id} * {a.tensor.elements}") for a in arguments]
     memories.append(("workspace", f"memory, {record.name.upper()}_WORKSPACE_BYTES"))
-    signatures = {part.symbol: c_source.parameters(part.function) for part in parts}
-    return {
+    values = {
+        "header": header,
         "name": record.name,
         "NAME": record.name.upper(),
         "version": version("crossbit"),
@@ -141,6 +137,20 @@ def _values(
         "declarations": ", ".join(argument.declaration for argument in arguments),
         "arguments": ", ".join(argument.id for argument in arguments),
         "pairs": [(a, b) for (role, a), (other, b) in combinations(memories, 2) if {role, other} != {"input"}],
+        "interface": 0,
+    }
+    values["interface"] = int(hashlib.sha256(_render(header, values).encode()).hexdigest()[:8], 16)
+    return values
+
+
+def _values(
+    made: Program, manifest: Manifest, record: CLibrary, target: Target, parts: Sequence[Part], kernels: str
+) -> dict[str, Any]:
+    """What the driver's template names besides."""
+    ids = {argument.tensor: argument.id for argument in _arguments(made, manifest, record.name)}
+    cpu, features = ("", "") if kernels else _features(target)
+    signatures = {part.symbol: c_source.parameters(part.function) for part in parts}
+    return {
         "scalar_types": _SCALARS,
         "kernels": kernels,
         "cpu": cpu,
@@ -156,10 +166,10 @@ def _fields(signature: list[str]) -> list[str]:
     return [re.sub(r"restrict \w+$", f"p{i}", text) for i, text in enumerate(signature[:-3])]
 
 
-def _arguments(made: Program, manifest: Manifest, library: str) -> list[_Argument]:
+def _arguments(made: Program, manifest: Manifest, library: str) -> list[Argument]:
     names = iter(c_names.parameters([spec.name for spec in (*manifest.inputs, *manifest.outputs)], library))
     return [
-        _Argument(role, next(names), spec, tensor)  # type: ignore[arg-type]
+        Argument(role, next(names), spec, tensor)  # type: ignore[arg-type]
         for role, specs, tensors in (
             ("input", manifest.inputs, made.inputs),
             ("output", manifest.outputs, made.outputs),
@@ -234,26 +244,38 @@ _CONSTANTS = """\
 """
 
 
+def exports(names: Sequence[str], library: str, at: Path) -> str:
+    """The linker's option that leaves only these symbols of a library visible."""
+    symbols = " ".join(f"{library}_{name};" for name in names)
+    (at / "exports").write_text(f"{{ global: {symbols} local: *; }};\n")
+    return f"--version-script={at}/exports"
+
+
+def make_constants(made: Program, name: str, at: Path, tools: toolchain.Toolchain) -> None:
+    """constants.o, with the constants one after the other."""
+    with (at / "constants.bin").open("wb") as file:
+        for constant in made.constants:
+            assert constant.data is not None
+            file.write(constant.data.tobytes().ljust(workspace.aligned(constant.bytes), b"\0"))
+        file.write(bytes(0 if made.constants else workspace.ALIGNMENT))
+    (at / "constants.s").write_text(_CONSTANTS.format(name=name, alignment=workspace.ALIGNMENT, folder=at))
+    tools.run(*tools.cc, "-c", "-o", f"{at}/constants.o", f"{at}/constants.s")
+
+
 def _link(made: Program, name: str, folder: Path, driver: str, kernels: Any, tools: toolchain.Toolchain) -> None:
     """lib<name>.so and lib<name>.a."""
     with tempfile.TemporaryDirectory() as scratch:
         at = Path(scratch)
-        with (at / "constants.bin").open("wb") as file:
-            for constant in made.constants:
-                assert constant.data is not None
-                file.write(constant.data.tobytes().ljust(workspace.aligned(constant.bytes), b"\0"))
-        (at / "constants.s").write_text(_CONSTANTS.format(name=name, alignment=workspace.ALIGNMENT, folder=at))
         (at / "driver.c").write_text(driver)
         kernels.write_to_file(str(at / "kernels.o"))
-        (at / "exports").write_text(f"{{ global: {name}_run_with; {name}_strerror; {name}_model; local: *; }};\n")
         code = ("-c", "-fPIC", "-std=c11", "-O2", "-ffunction-sections", "-fdata-sections", f"-I{folder}")
         # The driver must live on any CPU to say which instructions are missing.
         anywhere = [flag for flag in tools.cc if not flag.startswith(("-march=", "-mcpu=", "-mavx"))]
         tools.run(*anywhere, *code, "-o", f"{at}/driver.o", f"{at}/driver.c")
-        tools.run(*tools.cc, "-c", "-o", f"{at}/constants.o", f"{at}/constants.s")
+        make_constants(made, name, at, tools)
         objects = [f"{at}/{part}.o" for part in ("driver", "kernels", "constants")]
         small = ("-Wl,--gc-sections", "-Wl,-s", "-Wl,-z,max-page-size=4096", "-Wl,-z,defs")
-        versions = f"-Wl,--version-script={at}/exports"
+        versions = "-Wl," + exports(("run_with", "strerror", "model"), name, at)
         tools.run(*tools.cc, "-shared", *small, versions, "-o", str(folder / f"lib{name}.so"), *objects, "-lm")
         tools.run(*tools.cc, "-nostdlib", "-r", "-Wl,-S", "-o", f"{at}/{name}.o", *objects)
         tools.run(*tools.ar, "rcs", str(folder / f"lib{name}.a"), f"{at}/{name}.o")

@@ -22,8 +22,8 @@ _KEYWORDS = _words(  # of C and C++
     virtual void volatile wchar_t while xor xor_eq"""
 )
 _IN_RUN = _words(  # other names that the run function uses, or that compilers define
-    """a apart interface_id linux memcpy memory pool share size_t supported uint32_t uintptr_t unix workspace
-    workspace_bytes"""
+    """a apart attributes block constants cudaError_t cudaSuccess dim3 freed interface_id launch linux memcpy memory
+    pool share size_t status stream supported uint32_t uintptr_t unix weights workspace workspace_bytes"""
 )
 _MACROS = r"NULL|NAN|INFINITY|HUGE_VAL.*|(FP|MATH|M|U?INT\w*|SIZE|PTRDIFF|WCHAR|WINT|SIG)_.*|crossbit_.*|constant\d+"
 _LIBRARIES = _words(  # what a header, library, module or CMake target of the same name would hide

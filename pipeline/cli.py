@@ -166,7 +166,8 @@ def inspect(
             f"file {sizes['file_bytes']:,} bytes; parameters in float32 {sizes['float_bytes']:,} bytes ({ratio:.1f} x)"
         )
     else:
-        out.print(f"{manifest.library} for {manifest.target}: {sizes['library_bytes']:,} bytes")
+        code = f" (machine code for {', '.join(manifest.gpus)})" if manifest.gpus else ""
+        out.print(f"{manifest.library} for {manifest.target}{code}: {sizes['library_bytes']:,} bytes")
     if "workspace_bytes" in sizes:
         out.print(
             f"constants {sizes['constant_bytes']:,} bytes; workspace {sizes['workspace_bytes']:,} bytes (no plan for "
@@ -206,11 +207,12 @@ def compile_(
     with err.status(f"compiling {model} for {chosen.name}"):
         manifest = packaging.compile_network(model, folder, chosen, threads, batch, own_records, emit, name)
     size = manifest.files[manifest.library].bytes
+    gpus = f", machine code for {', '.join(manifest.gpus)}" if manifest.gpus else ""
     memory = f", workspace {manifest.c_library.workspace_bytes:,} bytes" if manifest.c_library else ""
     _say(
         "compiled",
         f"{folder} for {chosen.name}: {manifest.library} {size:,} bytes{memory}, {manifest.kernels} kernels, "
-        f"{manifest.tuned_kernels} of them tuned",
+        f"{manifest.tuned_kernels} of them tuned{gpus}",
     )
 
 
@@ -277,7 +279,7 @@ def verify(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Check an artifact: every file, the CPU, and the golden pair. Exit code 1 where it differs.
+    """Check an artifact: every file, the machine, and the golden pair. Exit code 1 where it differs.
 
     Example: crossbit verify runs/m16/tuned
     """
@@ -465,7 +467,7 @@ def report(
 
 @app.command("targets")
 def list_targets(as_json: Json = False) -> None:
-    """List the targets, and which of them this CPU runs; those without TVM's runtime are for C source.
+    """List the targets, and which of them this machine runs; those without TVM's runtime are for C source.
 
     Example: crossbit targets
     """
@@ -477,13 +479,13 @@ def list_targets(as_json: Json = False) -> None:
     rows = [
         (
             r.name,
-            f"{r.registers} x {r.vector_bits} bit",
+            r.gpu.arch if r.gpu else f"{r.registers} x {r.vector_bits} bit",
             r.popcount,
             "host" if r.name == best else ", ".join(r.missing_features()) or "runs" if r.tvm_runtime else "C source",
         )
         for r in records
     ]
-    _table("targets", ("target", "registers", "popcount", "here (or what is missing)"), rows)
+    _table("targets", ("target", "registers or GPU", "popcount", "here (or what is missing)"), rows)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 import pipeline.llvm  # noqa: F401 (TVM finds its function by name)
+from pipeline import cuda_kernel, program
+from pipeline.cuda_kernel import Kernel
 from targets import Target
-from tvm_ops import adder_network, byte_sums
+from tvm_ops import adder_network, byte_sums, schedule_cpu, schedule_cuda
 from tvm_ops.ops import bitpack
-from tvm_ops.schedule_cpu import schedule
 
 
 def lower(mod: tvm.IRModule) -> tvm.IRModule:
@@ -32,9 +34,12 @@ def lower(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 def default_schedule(mod: tvm.IRModule, target: Target, threads: int) -> Any:
-    """An ``s_tir.Schedule`` of the function ``main`` of ``mod``, by the rule of `tvm_ops.schedule_cpu`."""
+    """An ``s_tir.Schedule`` of the function ``main`` of ``mod``, by the rule of `schedule_cpu` or `schedule_cuda`."""
     sch = Schedule(mod)  # of the module as it is: a schedule of ``func.with_attr(..)`` changes ``func`` too
-    schedule(sch, target, threads)
+    if target.gpu is None:
+        schedule_cpu.schedule(sch, target, threads)
+    else:
+        schedule_cuda.schedule(sch, target)
     return sch
 
 
@@ -51,6 +56,8 @@ def open_records(folder: Path, target: Target) -> Any:
 
 def finish(function: Any, target: Target) -> Any:
     """A scheduled function as it is built: what no schedule can say is done here."""
+    if target.gpu is not None:
+        return schedule_cuda.written(function, target)
     return bitpack.with_shifts(function, target.shift_insert) if target.shift_insert else function
 
 
@@ -80,3 +87,75 @@ def build(mod: tvm.IRModule, target: Target, threads: int, records: Path | None 
     """An executable of TVM's virtual machine; otherwise as `scheduled`."""
     mod, kernels, tuned = scheduled(mod, target, threads, records)
     return relax.build(mod, target.tvm_target(threads), relax_pipeline="default"), kernels, tuned
+
+
+# TVM's `default_build_pipeline`, less what makes kernels of operators: its own pipeline for GPUs schedules them anew.
+_TO_MACHINE = tvm.transform.Sequential(
+    [
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory(),
+        relax.transform.LowerAllocTensor(),
+        relax.transform.KillAfterLastUse(),
+        relax.transform.LowerRuntimeBuiltin(),
+        relax.transform.ComputePrimValue(),
+        relax.transform.VMShapeLower(),
+        relax.transform.AttachGlobalSymbol(),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class CudaBuild:
+    """A network for a GPU: two halves of a library.
+
+    Attributes:
+        executable: of TVM's virtual machine. It calls its kernels by name and has none.
+        source: of those kernels, CUDA C++; an object of it is to be linked with the executable.
+        shared_bytes: the most shared memory that a block is given when a kernel starts.
+        kernels, tuned: as `scheduled` counts them.
+    """
+
+    executable: Any
+    source: str
+    shared_bytes: int
+    kernels: int
+    tuned: int
+
+
+def build_cuda(mod: tvm.IRModule, target: Target, records: Path | None = None) -> CudaBuild:
+    """As `build`, for a GPU: TVM alone would need a driver here, or leave its source to be compiled at every start."""
+    mod, count, tuned = scheduled(without_reshapes(mod), target, 1, records)
+    source, kernels = cuda_kernel.make(program.functions(mod), target.tvm_target(1))
+    executable = relax.build(_calls_by_name(mod, kernels), target.tvm_target(1), relax_pipeline=_TO_MACHINE)
+    text = source + cuda_kernel.packed(kernels)
+    return CudaBuild(executable, text, cuda_kernel.shared_bytes(kernels.values()), count, tuned)
+
+
+def without_reshapes(mod: tvm.IRModule) -> tvm.IRModule:
+    """A lowered module whose reshapes are no kernels: once they are scheduled, TVM takes them for work."""
+    return relax.transform.DeadCodeElimination()(relax.transform.RewriteDataflowReshape()(mod))
+
+
+def _calls_by_name(mod: tvm.IRModule, kernels: dict[str, Kernel]) -> tvm.IRModule:
+    """``main`` alone, with a call of a library's function for each of a TIR function's, whose temporaries become
+    outputs that nobody reads."""
+
+    @relax.expr_functor.mutator
+    class Caller(relax.PyExprMutator):
+        def visit_call_(self, call: Any) -> Any:
+            call = super().visit_call_(call)
+            if call.op != tvm.ir.Op.get("relax.call_tir"):
+                return call
+            name = call.args[0].name_hint
+            whole = call.ty_args[0]
+            outputs = list(whole.fields) if isinstance(whole, relax.TupleType) else [whole]
+            memory = [relax.TensorType((t.size,), "uint8") for t in kernels[name].temporaries]
+            if not memory:
+                return relax.call_dps_packed(name, call.args[1], whole)
+            results = self.builder_.emit(relax.call_dps_packed(name, call.args[1], [*outputs, *memory]))
+            picked = [relax.TupleGetItem(results, i) for i in range(len(outputs))]
+            return relax.Tuple(picked) if isinstance(whole, relax.TupleType) else picked[0]
+
+    return tvm.IRModule({"main": Caller(mod).visit_expr(mod["main"])})

@@ -26,6 +26,7 @@ from pipeline.values import (
     Codes,
     Constant,
     Emitter,
+    FloatSum,
     MaxPool,
     Real,
     RealSum,
@@ -282,6 +283,8 @@ def _conv(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
         return _add_bias(e, product, bias)
     if isinstance(x, Codes) and groups != 1:
         raise ValueError(f"a convolution of codes with group = {groups} is not supported: use group = 1")
+    if e.target.gpu is not None and groups == 1:
+        return _add_bias(e, Channelwise(FloatSum(e, x, weight.array, geometry, shape)), bias)
     if groups == 1:
 
         def compute(image: Any, weights: Any) -> Any:
@@ -313,6 +316,9 @@ def _gemm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     product = _product(e, x, Constant(rows[:, :, None, None]), Geometry((1, 1), (1, 1)), shape)
     if product is not None:
         return _add_bias(e, product, bias)
+    if e.target.gpu is not None:
+        sums = FloatSum(e, x, rows[:, :, None, None], Geometry((1, 1), (1, 1)), shape)
+        return _add_bias(e, Channelwise(sums), bias)
 
     def compute(vectors: Any, weights: Any) -> Any:
         return float_conv2d.compute_dense(shape[1], vectors, weights)

@@ -117,7 +117,7 @@ def _cut(symbol: str, function: tirx.PrimFunc, target: Any, stack_limit: int) ->
         whole = tirx.PrimFunc(pointers + more, tirx.SeqStmt([*declarations, *statements, done]), PrimType("int32"))
         return whole.with_attrs({**attributes, "global_symbol": name})
 
-    statements = _statements(body)
+    statements = sequence(body)
     if not any(map(_is_parallel, statements)):
         parts = [Part(made([_serial(s) for s in statements], [], symbol), None)]
         return Kernel(tuple(parts), tuple(temporary for _, temporary in temporaries))
@@ -138,9 +138,10 @@ def _cut(symbol: str, function: tirx.PrimFunc, target: Any, stack_limit: int) ->
     return Kernel(tuple(parts), tuple(temporary for _, temporary in temporaries))
 
 
-def _statements(statement: Any) -> list[Any]:
+def sequence(statement: Any) -> list[Any]:
+    """A statement, or those that it is a sequence of."""
     if isinstance(statement, tirx.SeqStmt):
-        return [inner for outer in statement.seq for inner in _statements(outer)]
+        return [inner for outer in statement.seq for inner in sequence(outer)]
     return [statement]
 
 
@@ -176,7 +177,7 @@ def _hoist(body: Any, worker: Any, stack_limit: int) -> tuple[Any, list[tuple[An
             tvm_ffi.structural_walk(loop.body, (tirx.AllocBuffer, lambda a: inside.append(a.buffer)))
 
     tvm_ffi.structural_walk(body, (tirx.For, look))
-    statements = _statements(body)
+    statements = sequence(body)
     split = any(map(_is_parallel, statements))
     shared = [s.buffer for s in statements if split and isinstance(s, tirx.AllocBuffer)]
 
@@ -190,7 +191,7 @@ def _hoist(body: Any, worker: Any, stack_limit: int) -> tuple[Any, list[tuple[An
 
     def hoist(allocation: tirx.AllocBuffer) -> Any:
         buffer = allocation.buffer
-        size = _bytes(buffer)
+        size = buffer_bytes(buffer)
         if size <= stack_limit and not any(buffer.same_as(b) for b in shared):
             return allocation
         pointer = tirx.Var(f"{buffer.name}_data", PointerType(PrimType(str(buffer.ty.dtype))))
@@ -207,6 +208,7 @@ def scalar(dtype: Any) -> str:
     return str(tvm.DataType(str(dtype)).with_lanes(1))
 
 
-def _bytes(buffer: Any) -> int:
+def buffer_bytes(buffer: Any) -> int:
+    """What a buffer of known extents takes."""
     dtype = tvm.DataType(str(buffer.ty.dtype))
     return -(-dtype.bits * dtype.lanes // 8) * math.prod(map(int, buffer.ty.shape))

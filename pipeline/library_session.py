@@ -23,7 +23,7 @@ class LibrarySession(Session):
     """
 
     def _load(self) -> None:
-        self._check_cpu()
+        self._check_machine()
         library = self.manifest.c_library
         assert library is not None
         folder = self.folder
@@ -43,6 +43,11 @@ class LibrarySession(Session):
 
     @exclusive
     def seconds(self, inputs: dict[str, np.ndarray], calls: int) -> float:
+        if self.manifest.gpus:
+            raise ValueError(
+                f"{self.folder}: from Python every run of a GPU's library copies the weights; time it in an app on "
+                f"memory of the device, or compile it with --emit vm"
+            )
         if self.manifest.threads > 1:
             raise ValueError(
                 f"{self.folder}: compiled for {self.manifest.threads} threads, which an app lends and Python cannot; "

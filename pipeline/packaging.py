@@ -8,12 +8,27 @@ import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+from tvm_ffi.libinfo import find_include_path
 
-from pipeline import artifact, c_library, c_names, compiler, importer, inspection, onnx_file, toolchain, tune
+import targets
+from pipeline import (
+    artifact,
+    c_library,
+    c_names,
+    compiler,
+    cuda_library,
+    cuda_toolchain,
+    importer,
+    inspection,
+    onnx_file,
+    toolchain,
+    tune,
+)
 from pipeline.artifact import Emit, Manifest, Tensor
 from targets import Target
 from tvm_ops import opset
@@ -44,7 +59,7 @@ def compile_network(
         ValueError: a file, operator or shape that is not supported; records of another target; a target without TVM's
             runtime, or without a linker (a compiler for 'c-lib') on this machine; a name that is none in C.
     """
-    _check_route(target, emit)
+    _check_route(target, emit, threads)
     if records is not None and emit == "c-source":
         raise ValueError(f"{records}: tuning records hold for one CPU's instructions, and C source has none: use c-lib")
     if records is not None:
@@ -62,6 +77,7 @@ def compile_network(
         target=target.name,
         machine=target.machine,
         features=tuple(sorted(target.features)),
+        gpus=(),
         threads=threads,
         inputs=_specs(inputs),
         outputs=_specs(outputs),
@@ -77,7 +93,11 @@ def compile_network(
     content = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         content.chmod(0o755)
-        if emit == "vm":
+        if target.gpu is not None and emit == "c-lib":
+            made = cuda_library.write(lowered, manifest, name, content, target, records)
+        elif target.gpu is not None:
+            made = _write_cuda(lowered, target, records, content)
+        elif emit == "vm":
             executable, kernels, tuned = compiler.build(lowered, target, threads, records)
             executable.export_library(
                 str(content / artifact.LIBRARY), fcompile=toolchain.find_linker(target).link_shared
@@ -94,8 +114,30 @@ def compile_network(
     return artifact.read(folder)
 
 
-def _check_route(target: Target, emit: Emit) -> None:
+def _write_cuda(lowered: Any, target: Target, records: Path | None, content: Path) -> dict[str, Any]:
+    """The library of a network for a GPU; returns the fields of its manifest that it decides."""
+    nvcc = cuda_toolchain.find(target)
+    built = compiler.build_cuda(lowered, target, records)
+    gpus = targets.architectures(target, built.shared_bytes)
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = Path(folder) / "kernels.o"
+        nvcc.compile(built.source, kernels, gpus, f"-I{find_include_path()}")
+        library = str(content / artifact.LIBRARY)
+        built.executable.export_library(library, addons=[str(kernels)], fcompile=nvcc.link_shared)
+    return {"kernels": built.kernels, "tuned_kernels": built.tuned, "gpus": gpus}
+
+
+def _check_route(target: Target, emit: Emit, threads: int) -> None:
     """Refuse what cannot be, before the work begins."""
+    if target.gpu is not None:
+        if emit == "c-source":
+            raise ValueError(f"target {target.name} is a GPU, and C source is for CPUs: compile with --emit c-lib")
+        if threads > 1:
+            raise ValueError(
+                f"target {target.name} is a GPU, which has no use for {threads} threads: leave --threads out"
+            )
+        cuda_toolchain.find(target)
+        return
     if not target.tvm_runtime and emit != "c-source":
         raise ValueError(
             f"target {target.name} has neither TVM's runtime nor shared libraries: compile with --emit c-source"

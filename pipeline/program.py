@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import tvm
 from tvm import relax
 
 from pipeline import kernel, workspace
-from pipeline.kernel import Kernel, Part
+from pipeline.kernel import Part
 
 
 @dataclass(eq=False)
@@ -42,9 +43,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel on its tensors, the temporaries last."""
+    """One kernel, a `kernel.Kernel` or a `cuda_kernel.Kernel`, on its tensors, the temporaries last."""
 
-    kernel: Kernel
+    kernel: Any
     tensors: tuple[Tensor, ...]
 
 
@@ -66,7 +67,7 @@ class Program:
     workspace_bound: int
 
     @property
-    def kernels(self) -> list[Kernel]:
+    def kernels(self) -> list[Any]:
         """Every kernel once, in the order of their first calls."""
         return list(dict.fromkeys(call.kernel for call in self.calls))
 
@@ -93,8 +94,14 @@ def make(
     Raises:
         ValueError: something is left in the graph that no kernel computes.
     """
+    mod = straight(scheduled, target)
+    return line_up(mod, outputs, kernel.make(functions(mod), prefix, target, stack_limit), workers)
+
+
+def straight(scheduled: tvm.IRModule, target: Any) -> tvm.IRModule:
+    """The module with ``main`` a straight line: tensors are made, kernels called on them."""
     with target:
-        mod = tvm.transform.Sequential(
+        return tvm.transform.Sequential(
             [
                 relax.transform.RewriteDataflowReshape(),
                 relax.transform.ToNonDataflow(),
@@ -103,8 +110,22 @@ def make(
                 relax.transform.DeadCodeElimination(),
             ]
         )(scheduled)
-    functions = {g.name_hint: f for g, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
-    kernels = kernel.make(functions, prefix, target, stack_limit)
+
+
+def functions(mod: tvm.IRModule) -> dict[str, tvm.tirx.PrimFunc]:
+    """The TIR functions of a module by name."""
+    return {g.name_hint: f for g, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
+
+
+def line_up(mod: tvm.IRModule, outputs: tuple[str, ...], kernels: Mapping[str, Any], workers: int) -> Program:
+    """The program of a module that is `straight`.
+
+    Args:
+        kernels: by the names of their functions, each a `kernel.Kernel` or a `cuda_kernel.Kernel`.
+
+    Raises:
+        ValueError: as `make`.
+    """
     reader = _Reader()
     inputs = tuple(reader.input(parameter) for parameter in mod["main"].params)
     results = reader.read(mod["main"])
@@ -180,7 +201,7 @@ def _place_outputs(results: list[Tensor], names: tuple[str, ...]) -> tuple[tuple
 def _planned(
     inputs: tuple[Tensor, ...],
     reader: _Reader,
-    kernels: dict[str, Kernel],
+    kernels: Mapping[str, Any],
     results: list[Tensor],
     copies: tuple[tuple[Tensor, Tensor], ...],
     workers: int,

@@ -141,6 +141,8 @@ class RemoteSession(Session):
 
     def _load(self) -> None:
         board, manifest = self._board, self.manifest
+        if manifest.gpus:
+            raise ValueError(f"{self.folder}: compiled for a GPU, which {board} cannot reach; verify and bench there")
         self._lock = board.lock
         self._device = board.device
         if manifest.emit != "vm":

@@ -14,7 +14,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import tvm
 
-from pipeline import artifact
+import targets
+from pipeline import artifact, gpu
 from targets import cpu_features
 
 P = ParamSpec("P")
@@ -53,7 +54,7 @@ class Session:
         manifest: of the folder, if it has been read.
 
     Raises:
-        ValueError: no intact artifact, or this CPU cannot run it.
+        ValueError: no intact artifact, or this machine cannot run it.
         RuntimeError: a method called while another thread is in one.
     """
 
@@ -63,7 +64,7 @@ class Session:
         self._lock = threading.Lock()
         self._load()
 
-    def _check_cpu(self) -> None:
+    def _check_machine(self) -> None:
         if platform.machine() != self.manifest.machine:
             raise ValueError(
                 f"{self.folder}: compiled for {self.manifest.machine}, this is {platform.machine()}; "
@@ -74,10 +75,17 @@ class Session:
                 f"{self.folder}: compiled for {self.manifest.target}, and this CPU lacks {', '.join(missing)}; "
                 f"compile with --target host on this machine"
             )
+        if self.manifest.gpus and (lacking := targets.missing_gpu(self.manifest.gpus)):
+            found = targets.capability()
+            here = f"its GPU has {found[0]}.{found[1]}" if found else "no NVIDIA driver answers"
+            raise ValueError(
+                f"{self.folder}: compiled for {self.manifest.target}, and this machine lacks {lacking} ({here}); "
+                f"run it there, or compile with a --target of this machine"
+            )
 
     def _load(self) -> None:
-        self._check_cpu()
-        self._device = tvm.cpu()
+        self._check_machine()
+        self._device = gpu.device() if self.manifest.gpus else tvm.cpu()
         self._configure = tvm.get_global_func("runtime.config_threadpool")
         library = tvm.runtime.load_module(str(self.folder / artifact.LIBRARY))
         self._machine = tvm.runtime.vm.VirtualMachine(library, self._device)
@@ -115,9 +123,11 @@ class Session:
         """Seconds of one call, the mean of ``calls`` in a row; the copy of the inputs is not timed."""
         tensors = self._tensors(inputs)
         function = self._machine["main"]
+        self._device.sync()  # a GPU works behind the caller's back
         start = time.perf_counter()
         for _ in range(calls):
             function(*tensors)
+        self._device.sync()
         return (time.perf_counter() - start) / calls
 
     @exclusive
@@ -128,6 +138,7 @@ class Session:
 
         def watch(_function: object, name: str, before: bool, _result: object, *_arguments: object) -> int:
             nonlocal started
+            self._device.sync()
             if before:
                 started = time.perf_counter()
             elif not name.startswith("vm.builtin"):

@@ -39,7 +39,7 @@ class Toolchain:
         Raises:
             ValueError: it failed; the sentence ends with the first lines it says about an error.
         """
-        _run(self.name, *command)
+        run(self.name, *command)
 
     def link_shared(self, output: str, objects: Sequence[str], **_: Any) -> None:
         """Link objects to a shared library: TVM's ``fcompile``."""
@@ -61,8 +61,8 @@ class Linker:
             ValueError: it failed, or the objects need a C library.
         """
         linker = f"{self.triple}-ld"
-        _run(linker, linker, "-shared", "-o", output, *objects)
-        symbols = _run(linker, f"{self.triple}-nm", "-D", "--undefined-only", "--format=posix", output)
+        run(linker, linker, "-shared", "-o", output, *objects)
+        symbols = run(linker, f"{self.triple}-nm", "-D", "--undefined-only", "--format=posix", output)
         names = (line.split("@")[0].split()[0] for line in symbols.splitlines() if line.split()[1] == "U")
         if missing := sorted(name for name in names if not name.startswith("TVM") and name not in _EVERYWHERE):
             raise ValueError(
@@ -145,7 +145,7 @@ def _first_line(*command: str) -> str:
     return done.stdout.split("\n")[0].strip()
 
 
-def _run(name: str, *command: str) -> str:
+def run(name: str, *command: str) -> str:
     """What a command prints.
 
     Raises:

@@ -133,6 +133,8 @@ def tune(
             it cannot be counted either.
         ValueError, OSError: the board went away; what was found is in ``records``.
     """
+    if target.gpu is not None:
+        raise ValueError(f"target {target.name}: kernels for GPUs have their schedules by rule, and are not tuned yet")
     unit = _unit(target, threads, board, warn)
     claim(records, target, threads, unit)
     with closing(_Run(target, threads, records, seed, board, unit, warn)) as run:

@@ -22,7 +22,16 @@ from tvm import relax, te, tirx
 from targets import Target
 from tvm_ops import output_transform
 from tvm_ops.bitplanes import BINARY, TERNARY, WORD_BITS, Code, pack
-from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, bitweight_conv2d, max_pool2d, stacked_conv2d
+from tvm_ops.ops import (
+    binary_max_pool2d,
+    bitpack,
+    bitserial_conv2d,
+    bitserial_gemm,
+    bitweight_conv2d,
+    implicit_gemm,
+    max_pool2d,
+    stacked_conv2d,
+)
 from tvm_ops.ops.bitserial_conv2d import Geometry, Product
 from tvm_ops.ops.stacked_conv2d import Stack
 from tvm_ops.output_transform import Step
@@ -84,7 +93,8 @@ class Real:
     def words(self, steps: Sequence[Step]) -> relax.Expr:
         """The bits of its sign after ``steps``."""
         threshold = output_transform.float_threshold(steps, self.shape[1])
-        return self.emitter.te("bitpack", bitpack.compute, self.expr, *bitpack.constants(threshold), op_pattern=OPAQUE)
+        compute = bitpack.compute if self.emitter.target.gpu is None else bitpack.compute_by_lanes
+        return self.emitter.te("bitpack", compute, self.expr, *bitpack.constants(threshold), op_pattern=OPAQUE)
 
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
         if not steps and finish is _as_it_is:
@@ -123,6 +133,8 @@ class Sum:
         return Product(self.geometry, self.codes.code, self.code)
 
     def words(self, steps: Sequence[Step]) -> relax.Expr:
+        if self.emitter.target.gpu is not None:
+            return self._words_by_gemm(steps)
         flip, edge, most = bitserial_conv2d.bit_threshold(self.weights, self.product, steps)
         weight, unpack = self._weight(flip, most.shape[-1])
 
@@ -130,13 +142,18 @@ class Sum:
             stored, rest = tensors[: len(weight)], tensors[len(weight) :]
             return bitserial_conv2d.compute_bits(self.product, edge, x, unpack(*stored), *rest)
 
-        operations = 2 * self.weights[0].size * int(np.prod(self.shape))
         x, rest = self._operands()
         return self.emitter.te(
-            "bitserial_conv2d_bits", compute, x, *weight, *rest, most, op_pattern=OPAQUE, estimated_flops=operations
+            "bitserial_conv2d_bits", compute, x, *weight, *rest, most, op_pattern=OPAQUE, estimated_flops=self._flops
         )
 
+    @property
+    def _flops(self) -> int:
+        return 2 * self.weights[0].size * int(np.prod(self.shape))
+
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
+        if self.emitter.target.gpu is not None:
+            return self._stepped_by_gemm(steps, finish)
         edge = bitserial_conv2d.border(self.weights, self.product)
         filters = len(self.weights)
         weight, unpack = self._weight(np.ones(filters, np.int8), filters)
@@ -151,6 +168,46 @@ class Sum:
             "bitserial_conv2d", compute, x, *weight, *rest, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE
         )
         return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
+
+    def _words_by_gemm(self, steps: Sequence[Step]) -> relax.Expr:
+        gemm, flip, least = bitserial_gemm.bit_threshold(self.weights, self.product, self._operation, steps)
+        rows, unpack = self._rows(gemm, flip)
+
+        def compute(x: Any, *tensors: Any) -> Any:
+            return bitserial_gemm.compute_bits(gemm, x, unpack(*tensors[:-1]), tensors[-1])
+
+        return self.emitter.te(
+            "bitserial_gemm_bits",
+            compute,
+            self._words(),
+            *rows,
+            least,
+            op_pattern=OPAQUE,
+            estimated_flops=self._flops,
+        )
+
+    def _stepped_by_gemm(self, steps: Sequence[Step], finish: Finish) -> relax.Expr:
+        gemm = bitserial_gemm.Gemm(self.product, self._operation, self.weights)
+        rows, unpack = self._rows(gemm, np.ones(len(self.weights), np.int8))
+        constants = gemm.float_constants(steps)
+
+        def compute(x: Any, *tensors: Any) -> Any:
+            stored, rest = tensors[: len(rows)], tensors[len(rows) :]
+            return bitserial_gemm.compute_float(gemm, steps, x, unpack(*stored), *rest, finish=finish)
+
+        out = self.emitter.te(
+            "bitserial_gemm", compute, self._words(), *rows, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE
+        )
+        return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
+
+    @property
+    def _operation(self) -> Any:
+        pixels = self.shape[0] * int(np.prod(self.geometry.output))
+        return bitserial_gemm.operation(self.emitter.target, pixels)
+
+    def _rows(self, gemm: bitserial_gemm.Gemm, flip: Array) -> tuple[list[Array], Finish]:
+        """What is stored of the weights of a GPU's kernel, and how it makes their words of it."""
+        return [gemm.words()], lambda weight: weight
 
     def _weight(self, flip: Array, filters: int) -> tuple[list[Array], Finish]:
         """What is stored of the weights, negated where ``flip`` < 0 and filled up to ``filters``, and how kernels make
@@ -214,6 +271,12 @@ class StackedSum(Sum):
         arrays: list[Array] = [bitserial_conv2d.pack_weight(stack.bank), stack.stream(), words]
         return arrays, lambda bank, stream, flipped: stacked_conv2d.expand(stack, bank, stream, flipped)
 
+    def _rows(self, gemm: bitserial_gemm.Gemm, flip: Array) -> tuple[list[Array], Finish]:
+        stack = self.stack
+        words = np.where(flip < 0, 0xFFFFFFFF, 0).astype(np.uint32)
+        arrays: list[Array] = [stacked_conv2d.bank_rows(stack), stack.stream(), words]
+        return arrays, lambda bank, stream, flipped: stacked_conv2d.expand_rows(stack, bank, stream, flipped)
+
     def _words(self) -> relax.Expr:
         """Every segment in words of its own."""
         if self.stack.channels % WORD_BITS == 0:
@@ -239,10 +302,19 @@ class RealSum:
         return Real(self.emitter, self.stepped(()), self.shape).words(steps)
 
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
+        x = _as_pixels(self.emitter, self.of)
+        out = self._sums(x, steps, finish) if self.emitter.target.gpu is None else self._gemm(x, steps, finish)
+        return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
+
+    def _gemm(self, x: relax.Expr, steps: Sequence[Step], finish: Finish) -> relax.Expr:
+        def compute(*tensors: Any) -> Any:
+            return implicit_gemm.compute_few_bits(self.geometry, self.weights, steps, *tensors, finish=finish)
+
+        words, constants = implicit_gemm.few_bit_words(self.weights), [step.value for step in steps]
+        return self.emitter.te("bitweight_gemm", compute, x, words, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE)
+
+    def _sums(self, x: relax.Expr, steps: Sequence[Step], finish: Finish) -> relax.Expr:
         missing = -self.weights.filters % WORD_BITS
-        x = self.of.real()
-        if len(self.shape) == 2:
-            x = self.emitter.op(relax.op.reshape(x, (self.shape[0], 1, 1, self.of.shape[1])))
 
         def compute(*tensors: Any) -> Any:
             return bitweight_conv2d.compute(self.geometry, self.weights, steps, *tensors, finish=finish)
@@ -253,7 +325,36 @@ class RealSum:
         )
         if missing:
             out = self.emitter.op(relax.op.strided_slice(out, [3], [0], [self.weights.filters]))
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class FloatSum:
+    """The float sums of a convolution with float weights [O, C, KH, KW], on a GPU."""
+
+    emitter: Emitter
+    of: Value
+    weights: Array
+    geometry: Geometry
+    shape: Shape
+
+    def words(self, steps: Sequence[Step]) -> relax.Expr:
+        return Real(self.emitter, self.stepped(()), self.shape).words(steps)
+
+    def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
+        def compute(*tensors: Any) -> Any:
+            return implicit_gemm.compute(self.geometry, steps, *tensors, finish=finish)
+
+        x = _as_pixels(self.emitter, self.of)
+        rows, constants = implicit_gemm.rows(self.weights), [step.value for step in steps]
+        out = self.emitter.te("gemm", compute, x, rows, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE)
         return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
+
+
+def _as_pixels(emitter: Emitter, value: Value) -> relax.Expr:
+    """A tensor as a map; [N, C] as one of 1x1 pixels."""
+    x = value.real()
+    return emitter.op(relax.op.reshape(x, (value.shape[0], 1, 1, value.shape[1]))) if len(value.shape) == 2 else x
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +386,7 @@ class MaxPool:
 class Channelwise:
     """A base and the per-channel steps behind it."""
 
-    base: Real | Sum | RealSum | MaxPool
+    base: Real | Sum | RealSum | FloatSum | MaxPool
     steps: tuple[Step, ...] = ()
 
     @property
@@ -338,7 +439,8 @@ class Codes:
 
     def _packed(self) -> relax.Expr:
         def compute(x: Any) -> Any:
-            return bitpack.compute_planes(x, self.code.bits)
+            pack = bitpack.compute_planes if self.emitter.target.gpu is None else bitpack.compute_planes_by_lanes
+            return pack(x, self.code.bits)
 
         return self.emitter.te("bitpack_planes", compute, self.of.finished(self.pattern), op_pattern=OPAQUE)
 

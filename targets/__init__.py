@@ -10,7 +10,8 @@ import difflib
 import pkgutil
 from importlib import import_module
 
-from targets._gpu import Gpu
+from targets._gpu import Gpu, capability
+from targets._gpu import missing as missing_gpu
 from targets._target import ByteCounter, BytePopcount, ShiftInsert, Target, cores, cpu_features, cpu_name, cpu_part
 
 __all__ = [
@@ -19,12 +20,15 @@ __all__ = [
     "Gpu",
     "ShiftInsert",
     "Target",
+    "architectures",
+    "capability",
     "cores",
     "cpu_features",
     "cpu_name",
     "cpu_part",
     "host",
     "load",
+    "missing_gpu",
     "names",
 ]
 
@@ -61,3 +65,15 @@ def host() -> Target:
     if not runnable:
         raise ValueError(f"no target runs on this CPU: the package has {', '.join(names())}; name one with --target")
     return max(runnable, key=lambda target: (target.cpu_part == cpu_part(), len(target.features)))
+
+
+def architectures(target: Target, shared_bytes: int) -> tuple[str, ...]:
+    """The GPUs beside a CPU like the target's for which its kernels are right too: the same tensor cores and copies.
+
+    Args:
+        shared_bytes: what a block of the kernels shares at most.
+    """
+    assert target.gpu is not None
+    others = [other.gpu for other in map(load, names()) if other.machine == target.machine and other.gpu is not None]
+    taking = [gpu.arch for gpu in others if gpu.takes(target.gpu, shared_bytes)]
+    return tuple(sorted(taking, key=lambda arch: int(arch.removeprefix("sm_"))))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -27,18 +28,26 @@ class Gpu:
     async_copy: bool
     shared_bytes: int
 
-    @property
-    def capability(self) -> tuple[int, int]:
-        """Major and minor number."""
-        number = int(self.arch.removeprefix("sm_"))
-        return number // 10, number % 10
-
     def missing(self) -> str:
         """What this machine lacks to run its code; '' when it can."""
-        found, (major, minor) = capability(), self.capability
-        if found and found[0] == major and found[1] >= minor:
-            return ""
-        return f"an NVIDIA GPU of compute capability {major}.{minor}" + (f" to {major}.9" if minor < 9 else "")
+        return missing((self.arch,))
+
+    def takes(self, other: Gpu, shared_bytes: int) -> bool:
+        """Whether kernels made for ``other``, whose blocks share so many bytes at most, are right here too."""
+        alike = replace(other, arch=self.arch, shared_bytes=self.shared_bytes) == self
+        return alike and shared_bytes <= self.shared_bytes
+
+
+def missing(architectures: Sequence[str]) -> str:
+    """What this machine lacks to run code for one of ``architectures``; '' when it can."""
+    oldest: dict[int, int] = {}
+    for number in sorted((int(arch.removeprefix("sm_")) for arch in architectures), reverse=True):
+        oldest[number // 10] = number % 10
+    found = capability()
+    if found and found[1] >= oldest.get(found[0], 10):
+        return ""
+    ranges = [f"{major}.{minor}" + (f" to {major}.9" if minor < 9 else "") for major, minor in sorted(oldest.items())]
+    return f"an NVIDIA GPU of compute capability {' or '.join(ranges)}"
 
 
 @cache

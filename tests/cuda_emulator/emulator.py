@@ -20,7 +20,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tvm
@@ -86,11 +86,11 @@ def load(source: str, arch: str) -> tvm_ffi.Module:
         return tvm_ffi.load_module(str(emulate_source(source, Path(folder) / "kernels.so", shared=True, arch=arch)))
 
 
-def emulate_source(source: str, path: Path, shared: bool, arch: str = "sm_80") -> Path:
+def emulate_source(source: str, path: Path, shared: bool, arch: str = "sm_80", flags: Sequence[str] = ()) -> Path:
     """Compile a CUDA translation unit for the CPU: a shared library, or an object to link (with ``-ltvm_ffi``).
 
     It exports `__tvm_ffi_<name>` for each host function, which take CPU tensors. Returns ``path``; the rewritten
-    source is beside it. Raises ValueError for what is not emulated, RuntimeError with g++'s words.
+    source is beside it. ``flags`` go to g++. Raises ValueError for what is not emulated, RuntimeError with g++'s words.
     """
     code = arch.removeprefix("sm_").rstrip("a")
     if code not in SHARED_LIMIT:
@@ -98,7 +98,7 @@ def emulate_source(source: str, path: Path, shared: bool, arch: str = "sm_80") -
     rewritten, kernels, runtime = (path.with_suffix(suffix) for suffix in (".cpp", ".kernels.o", ".runtime.o"))
     rewritten.write_text(rewrite(source, int(code)) + f"\nconst size_t emu::shared_limit = {SHARED_LIMIT[code]};\n")
     headers, runtime_object = once()
-    run([*COMPILE, *CHECK, f"-D__CUDA_ARCH__={code}0", "-include", headers, "-c", rewritten, "-o", kernels])
+    run([*COMPILE, *CHECK, f"-D__CUDA_ARCH__={code}0", "-include", headers, *flags, "-c", rewritten, "-o", kernels])
     runtime.write_bytes(runtime_object)
     if shared:
         library = Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent
@@ -151,7 +151,9 @@ def rewrite(source: str, arch: int) -> str:
         ".device.device_type) == 2)", ".device.device_type) == 1)"
     )  # kDLCUDA: tensors are on the CPU
     begin = "TVM_FFI_SAFE_CALL_BEGIN();"
-    return source.replace(begin, f"{begin} emu::Arguments emu_arguments(args, num_args);")
+    source = source.replace(begin, f"{begin} emu::Arguments emu_arguments(args, num_args);")
+    ours = r"(void \*t\[(\d+)\];)"  # of a function of `pipeline.cuda_kernel.packed`
+    return re.sub(ours, r"emu::Arguments emu_arguments(arguments, \2); \1", source)
 
 
 def dynamic_array(match: re.Match[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ BLOCK = "pack_words"
 
 _GATHER = "llvm.vector.reduce.or"
 _LANES = 4  # of the vectors of `with_shifts`
+
+
+FLAGS = "flags"
+"""The TIR block of bits that GPUs pack, never a whole tensor."""
 
 
 def constants(threshold: Threshold) -> list[np.ndarray]:
@@ -64,6 +69,55 @@ def compute_planes(x: Any, planes: int) -> Any:
         return pack(bits, index[-1], channels)
 
     return te.compute((*outer, planes, -(-channels // WORD_BITS)), word, name=BLOCK)
+
+
+def compute_by_lanes(x: Any, low: Any, high: Any = None) -> Any:
+    """`compute` for GPUs."""
+    from tvm import tirx
+
+    *outer, channels = (int(extent) for extent in x.shape)
+
+    def bit(*index: Any) -> Any:
+        *place, _, c = index
+        value = x[(*place, c)]
+        return value >= low[c] if high is None else tirx.And(value >= low[c], value <= high[c])
+
+    return by_lanes(bit, tuple(outer), 1, channels)
+
+
+def compute_planes_by_lanes(x: Any, planes: int) -> Any:
+    """`compute_planes` for GPUs."""
+    from tvm import tirx
+
+    *outer, channels = (int(extent) for extent in x.shape)
+
+    def bit(*index: Any) -> Any:
+        *place, plane, c = index
+        return (tirx.Cast("uint32", x[(*place, c)]) >> tirx.Cast("uint32", plane)) & tirx.const(1, "uint32")
+
+    return by_lanes(bit, tuple(outer), planes, channels)
+
+
+def by_lanes(bit: Callable[..., Any], outer: tuple[int, ...], planes: int, channels: int) -> Any:
+    """A packing for GPUs, where a lane makes a bit: uint32 [*outer, planes, words] of bit(*outer, plane, channel)."""
+    from tvm import te, tirx
+
+    words = -(-channels // WORD_BITS)
+
+    def flag(*index: Any) -> Any:
+        *_, c = index
+        one = tirx.Cast("uint32", bit(*index))
+        return tirx.if_then_else(c < channels, one, tirx.const(0, "uint32")) if channels % WORD_BITS else one
+
+    flags = te.compute((*outer, planes, words * WORD_BITS), flag, name=FLAGS)
+    lane = te.reduce_axis((0, WORD_BITS), "lane")
+    union = te.comm_reducer(lambda a, b: a | b, lambda dtype: tirx.const(0, dtype), name="union")
+
+    def word(*index: Any) -> Any:
+        *place, k = index
+        return union(flags[(*place, k * WORD_BITS + lane)] << tirx.Cast("uint32", lane), axis=[lane])
+
+    return te.compute((*outer, planes, words), word, name=BLOCK)
 
 
 def ramp(first: Any, count: int) -> Any:

@@ -21,7 +21,7 @@ not 0).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -205,8 +205,8 @@ def octets(words: NDArray[np.uint32], block: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(blocks)
 
 
-def border(values: NDArray[Any], product: Product) -> Border:
-    """The border constants of weights [O, C, KH, KW]."""
+def shifted(values: NDArray[Any], product: Product) -> Border:
+    """What the activations' shift contributes, shift * sum of w inside the image, of weights [O, C, KH, KW]."""
     geometry = product.geometry
     rows_inside, columns_inside = geometry.inside(0), geometry.inside(1)
     if product.x.shift == 0:  # zeros around the image are zeros of the code
@@ -217,13 +217,18 @@ def border(values: NDArray[Any], product: Product) -> Border:
         for inside, run in ((rows_inside, rows), (columns_inside, columns))
     ]
     inside = kept[0][:, None, :, None] * kept[1][None, :, None, :]
-    taps = values.sum(1, dtype=np.int64)
-    sums = product.x.shift * np.einsum("rcyx,oyx->rco", inside, taps)
+    sums = product.x.shift * np.einsum("rcyx,oyx->rco", inside, values.sum(1, dtype=np.int64))
+    return Border(sums, rows, columns)
+
+
+def border(values: NDArray[Any], product: Product) -> Border:
+    """The border constants of weights [O, C, KH, KW]."""
     if product.w == TERNARY:
         ones = (values > 0).sum((1, 2, 3), dtype=np.int64)
     else:  # sum_j 2^j b_j = (w + 2^l - 1) / 2
-        ones = (taps.sum((1, 2)) - product.w.shift * values[0].size) // 2
-    return Border(sums + (0 if product.x == TERNARY else sum(product.x.ratios)) * ones, rows, columns)
+        ones = (values.sum((1, 2, 3), dtype=np.int64) - product.w.shift * values[0].size) // 2
+    found = shifted(values, product)
+    return replace(found, values=found.values + (0 if product.x == TERNARY else sum(product.x.ratios)) * ones)
 
 
 def _padded(x: Any, pads: tuple[int, int, int, int]) -> Any:

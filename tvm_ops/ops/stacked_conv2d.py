@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tvm_ops import output_transform
-from tvm_ops.bitplanes import WORD_BITS
+from tvm_ops.bitplanes import WORD_BITS, pack
+from tvm_ops.ops.bitserial_gemm import FRAGMENT_WORDS
+from tvm_ops.ops.implicit_gemm import FILTERS
 from tvm_ops.output_transform import Step
 
 # Words that are counted in the time of one gathered sum. Cascade Lake, November 2026: 7x7x512, s = 4, rho = 8 takes
@@ -142,6 +144,36 @@ def expand(stack: Stack, bank: Any, stream: Any, flip: Any) -> Any:
         return found ^ (flip[o] & mask)
 
     return te.compute((kh, kw, 1, stack.segments * own, filters), word, name="expanded")
+
+
+def bank_rows(stack: Stack) -> NDArray[np.uint32]:
+    """The bank's words for `expand_rows`: [M, taps, ceil(D / 32)]."""
+    words = pack(stack.bank.transpose(0, 2, 3, 1))
+    return np.ascontiguousarray(words.reshape(len(words), -1, words.shape[-1]))
+
+
+def expand_rows(stack: Stack, bank: Any, stream: Any, flip: Any) -> Any:
+    """`expand` for GPUs, as the rows of `bitserial_gemm`: uint32 [O, 1, taps S ceil(D / 32), filled up].
+
+    bank: of `bank_rows`. flip: uint32 [O], all ones where a filter is negated.
+    """
+    from tvm import te, tirx
+
+    _, taps, own = (int(extent) for extent in bank.shape)
+    each, filters = stack.segments * own, len(stack.indices)
+    depth = taps * each
+    valid = (1 << (stack.channels % WORD_BITS)) - 1 or (1 << WORD_BITS) - 1  # of a segment's last word
+
+    def word(o: Any, _: Any, k: Any) -> Any:
+        part, at = tirx.floordiv(tirx.floormod(k, each), own), tirx.floormod(k, own)
+        number = _index(stream, stack.index_bits, o * stack.segments + part)
+        ends = at == own - 1
+        mask = tirx.Select(ends, tirx.const(valid, "uint32"), tirx.const((1 << WORD_BITS) - 1, "uint32"))
+        found = bank[number, tirx.floordiv(k, each), at] ^ (flip[o] & mask)
+        return tirx.if_then_else(k < depth, found, tirx.const(0, "uint32"))
+
+    filled = -(-depth // FRAGMENT_WORDS) * FRAGMENT_WORDS
+    return te.compute((filters, 1, filled), word, name=FILTERS)
 
 
 def select(

@@ -58,6 +58,20 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return ran ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+// ---- what an app asks of the runtime API; every stream does its work at once
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+struct cudaFuncAttributes {};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) { return cudaSuccess; }
+static inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  return *memory = emu::device_malloc(bytes), *memory ? cudaSuccess : cudaErrorInvalidValue;
+}
+static inline cudaError_t cudaFree(void* memory) { return emu::device_free(memory), cudaSuccess; }
+static inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  return __builtin_memcpy(to, from, bytes), cudaSuccess;
+}
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+
 // ---- barriers and warp collectives; `line` is the caller's, for messages and to tell two barriers apart
 #define EMU_LINE int line = __builtin_LINE()
 static inline void __syncthreads(EMU_LINE) { emu::sync_threads(line); }

@@ -31,6 +31,10 @@ struct Arguments {
   ~Arguments();
 };
 
+// Memory of an app: so much more that kernels may touch.
+void* device_malloc(size_t bytes);
+void device_free(void*);
+
 // Constant in the life of a thread, so the compiler may call them once.
 __attribute__((const)) dim3 thread_index();
 __attribute__((const)) dim3 block_index();

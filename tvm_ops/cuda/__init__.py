@@ -1,0 +1,1 @@
+"""Kernels of GPUs that are written out, statement by statement: matrix products of bits or floats, and packings."""
