@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -76,8 +75,6 @@ def write(
         ValueError: C has no words for a kernel, or there is no compiler for the target.
     """
     source = manifest.emit == "c-source"
-    if source:  # the intrinsics of these are one CPU's
-        target = dataclasses.replace(target, byte_counter=None, byte_popcount=None, shift_insert=None)
     scheduled, kernels, tuned = compiler.scheduled(lowered, target, manifest.threads, records)
     llvm = target.tvm_target(manifest.threads)
     compiles_for = tvm.target.Target({"kind": "c"}) if source else llvm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import re
 import shutil
@@ -64,6 +65,8 @@ def compile_network(
         raise ValueError(f"{records}: tuning records hold for one CPU's instructions, and C source has none: use c-lib")
     if records is not None:
         tune.check_records(records, target, threads)
+    if emit == "c-source":  # the intrinsics of these are one CPU's
+        target = dataclasses.replace(target, byte_counter=None, byte_popcount=None, shift_insert=None)
     folder = folder.absolute()
     name = c_names.check_library(name or re.sub(r"\W", "_", folder.name)) if emit != "vm" else folder.name
     lowered = compiler.lower(importer.load(model, batch, target))

@@ -4,7 +4,8 @@
 
 Four shapes of 115.6 M multiply-accumulates, one thread, default schedules, in three forms: ``kernel`` (bits in, sums
 out), ``float_io`` (floats in, packed, scaled floats out) and ``bits_io`` (bits in, thresholds, bits out). The ceiling
-is `ceiling.c`, a register loop, built for this CPU and timed between the kernels.
+is `ceiling.c`, a register loop, built for this CPU and timed between the kernels. Unless ``--quick``, so are other
+runtimes that are installed (`peers.py`; `pip install openvino` for the one with binary convolutions).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import peers
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -98,8 +100,15 @@ def kernel(case: str, variant: str, rng: np.random.Generator):
     return machine["main"](tensor).numpy(), expected, seconds
 
 
+def peer_inputs(case: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Floats in [-1, 1] and signs of a case, as `peers` takes them."""
+    size, channels = CASES[case]
+    x = rng.uniform(-1, 1, (1, channels, size, size)).astype(np.float32)
+    return x, rng.choice([-1, 1], (channels, channels, 3, 3)).astype(np.int8)
+
+
 def main(
-    quick: Annotated[bool, typer.Option(help="A minute at most: fewer rounds.")] = False,
+    quick: Annotated[bool, typer.Option(help="A minute at most: fewer rounds, no peers.")] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the measurements there.")] = None,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
 ) -> None:
@@ -116,6 +125,8 @@ def main(
             if not np.array_equal(found, expected):
                 raise SystemExit(f"{case} {variant}: differs from NumPy (seed {seed}), so nothing is timed")
             timers[case, variant] = seconds
+        if not quick:
+            timers |= {(case, name): timer for name, timer in peers.all_of(*peer_inputs(case, rng)).items()}
     rounds = 15 if quick else 60
     times = {key: [] for key in timers}
     per_bit = []
