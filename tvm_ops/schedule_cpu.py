@@ -11,7 +11,9 @@ candidates spill: nine trials of a 3x3 convolution took three minutes and found 
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from typing import Any
 
 from targets import ByteCounter, BytePopcount, Target
@@ -22,6 +24,9 @@ from tvm_ops.ops import bitpack, bitserial_conv2d, bitweight_conv2d, float_conv2
 _DATA_PARALLEL, _REDUCTION = 0, 2
 # A fork and join of TVM's thread pool takes some 5 us, in which a core does about this many vector operations.
 _MIN_PARALLEL_STEPS = 16384
+_MAP_STEPS = 4  # that one vector of a map takes: it waits for memory
+# Pieces of work for each thread that hide one piece more or less.
+_PIECES = 16
 # From so many pixels on, a tile of packed weights is better unpacked to cache than in registers again and again.
 _MANY_PIXELS = 32
 # Three quarters of the smallest first-level data cache of a CPU that has vectors.
@@ -109,7 +114,8 @@ def _schedule_map(sch: Any, block: Any, target: Target, threads: int) -> None:
         *_, inner = sch.split(loops[-1], [None, lanes])
         sch.vectorize(inner)
         loops = sch.get_loops(block)[:-1]
-    _share(sch, loops, math.prod(extents) // target.lanes, threads)
+    elements = math.prod(extents) * (WORD_BITS if _packs(sch, block) else 1)
+    _share(sch, loops, _MAP_STEPS * elements // target.lanes, threads)
 
 
 def _hold_bounds(sch: Any, block: Any, target: Target) -> list[Any]:
@@ -129,8 +135,14 @@ def _hold_bounds(sch: Any, block: Any, target: Target) -> list[Any]:
 
 
 def _share(sch: Any, loops: list[Any], steps: int, threads: int) -> None:
-    if threads > 1 and steps >= _MIN_PARALLEL_STEPS and loops:
-        sch.parallel(sch.fuse(*loops) if len(loops) > 1 else loops[0])
+    """Share out the outermost loops that give every thread enough pieces; what is inside stays a loop, from which LLVM
+    moves what does not change."""
+    if threads == 1 or steps < _MIN_PARALLEL_STEPS or not loops:
+        return
+    extents = _extents(sch, loops)
+    products = list(itertools.accumulate(extents, operator.mul))
+    count = next((i for i, n in enumerate(products, 1) if n % threads == 0 or n >= _PIECES * threads), len(loops))
+    sch.parallel(sch.fuse(*loops[:count]) if count > 1 else loops[0])
 
 
 def _tile(columns: int, channels: int, unit: int, target: Target, reads: int = 0) -> tuple[int, int]:
