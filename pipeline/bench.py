@@ -20,8 +20,10 @@ from pipeline.remote import Board
 from pipeline.session import Session
 from targets import cpu_name
 
-# Seconds between two subjects: the worker threads of the one before spin for a while and would take its cores.
-_REST = 0.01
+# Seconds between two subjects of several threads: workers of the one before would take its cores, for they spin
+# when there is nothing to do (ONNX Runtime 1.31's for 45 ms).
+_REST = 0.1
+_WARM_UP = 3  # calls
 
 
 class _Record(BaseModel):
@@ -88,8 +90,9 @@ def bench(
     seconds: list[list[float]] = [[] for _ in subjects]
     for done in range(rounds):
         for subject, count, times in zip(subjects, calls, seconds, strict=True):
-            time.sleep(_REST)
-            subject.seconds(1)
+            if threads > 1:
+                time.sleep(_REST)
+            subject.seconds(_WARM_UP)
             times.append(subject.seconds(count))
         on_round(done + 1, rounds)
     return Bench(
