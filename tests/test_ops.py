@@ -21,7 +21,7 @@ import targets
 from pipeline.compiler import default_schedule
 from tvm_ops import schedule_cpu
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, encode, odd, pack, unsigned
-from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, quantize
+from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, max_pool2d, quantize
 from tvm_ops.ops.bitserial_conv2d import Geometry, Product
 from tvm_ops.output_transform import Step, Threshold, apply
 
@@ -172,15 +172,24 @@ def check_convolution(
         rest = [counted]
     if to == "floats":
         edge = bitserial_conv2d.border(weight, product)
-        weights = bitserial_conv2d.pack_weight(weight, product.w)
-        arrays = [packed, weights, *rest, *bitserial_conv2d.float_constants(edge, steps)]
-        result = run(lambda *t: bitserial_conv2d.compute_float(product, edge, steps, *t), arrays, **options)
-        np.testing.assert_array_equal(result, expected)
+        for weights in forms(bitserial_conv2d.pack_weight(weight, product.w)):
+            arrays = [packed, weights, *rest, *bitserial_conv2d.float_constants(edge, steps)]
+            result = run(lambda *t: bitserial_conv2d.compute_float(product, edge, steps, *t), arrays, **options)
+            np.testing.assert_array_equal(result, expected)
     else:
-        weights, edge, most = bit_weight(weight, product, steps)
-        arrays = [packed, weights, *rest, most]
-        result = run(lambda *t: bitserial_conv2d.compute_bits(product, edge, *t), arrays, **options)
-        np.testing.assert_array_equal(result[..., 0, :], pack(expected >= 0))
+        in_words, edge, most = bit_weight(weight, product, steps)
+        for weights in forms(in_words):
+            arrays = [packed, weights, *rest, most]
+            result = run(lambda *t: bitserial_conv2d.compute_bits(product, edge, *t), arrays, **options)
+            np.testing.assert_array_equal(result[..., 0, :], pack(expected >= 0))
+
+
+def forms(words: np.ndarray) -> list[np.ndarray]:
+    """Weights as words, and as bytes where this CPU takes those for so many filters."""
+    counter = targets.host().byte_counter
+    if counter is None or words.shape[-1] % counter.octets:
+        return [words]
+    return [words, bitserial_conv2d.octets(words, counter.octets)]
 
 
 @CONVOLUTIONS
@@ -208,6 +217,28 @@ def test_convolution_of_every_pair_of_codes(a: str, w: str, rng: np.random.Gener
     check_convolution(x, weight, product, steps, str(rng.choice(["floats", "bits"])), scheduled=True)
 
 
+@pytest.mark.parametrize("pair", [("1a", "1w"), ("2a", "2w"), ("ternary a", "1w"), ("ternary a", "ternary w")])
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][3].image != (1, 1)])
+@pytest.mark.parametrize("target", ["x86-avx2", "x86-avx512bw"])
+def test_convolution_in_bytes(
+    target: str, case: str, pair: tuple[str, str], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many filters as make blocks of bytes: vectors of one and of several blocks, windows of several networks."""
+    host = targets.load(target)
+    if missing := host.missing_features():
+        pytest.skip(f"this CPU lacks {missing}")
+    monkeypatch.setattr(targets, "host", lambda: host)
+    batch, channels, _, geometry = CASES[case]
+    a, w = (CODES[name] for name in pair)
+    filters = 64 * int(rng.integers(1, 4))
+    product = Product(geometry, a, w)
+    x, weight = drawn(rng, a, batch, *geometry.image, channels), drawn(rng, w, filters, channels, *geometry.kernel)
+    assert len(forms(bitserial_conv2d.pack_weight(weight, w))) == 2
+    steps = transform(rng, filters, 20.0 * a.largest * w.largest)
+    threads = 1 + int(rng.integers(2))
+    check_convolution(x, weight, product, steps, str(rng.choice(["floats", "bits"])), scheduled=True, threads=threads)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_convolution_without_vectors(case: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the schedule of a Cortex-M4, on this CPU."""
@@ -228,14 +259,15 @@ def test_unsigned_weights_are_refused() -> None:
 def test_sums_beyond_16_bits(scheduled: bool, rng: np.random.Generator) -> None:
     """5x5x3072 taps that agree, disagree, or nearly so: up to +-76800."""
     geometry = Geometry((6, 5), (5, 5), (1, 1), (1, 0, 0, 1))
-    x, weight = signs(rng, 1, 6, 5, 3072), signs(rng, 33, 3072, 5, 5)
+    filters = int(rng.choice([33, 64]))
+    x, weight = signs(rng, 1, 6, 5, 3072), signs(rng, filters, 3072, 5, 5)
     weight[0] = x[0, :5, :5].transpose(2, 0, 1)
     weight[1] = -weight[0]
     weight[2] = weight[0]
     weight[2, 0, 0, 0] *= -1
     sums = convolution(x, weight, geometry)
     assert sums[0, 1, 0, :3].tolist() == [76800, -76800, 76798]
-    steps = [Step("add", np.resize(np.array([-76800, 76799, -76799], np.float32), 33))]
+    steps = [Step("add", np.resize(np.array([-76800, 76799, -76799], np.float32), filters))]
     assert (apply(steps, sums.astype(np.float32)) >= 0)[0, 1, 0, :3].tolist() == [True, False, False]
     for to in ("floats", "bits"):
         check_convolution(x, weight, Product(geometry), steps, to, scheduled=scheduled)
@@ -395,6 +427,33 @@ def test_binary_max_pool(channels: int, geometry: Geometry, scheduled: bool, rng
         expected[:, row, column] = np.where(descends, window.min(0), window.max(0))
     assert {-1, 1} == set(expected.ravel().tolist()) or channels == 1
     np.testing.assert_array_equal(result, words(expected))
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_max_pooling_of_floats(scheduled: bool, rng: np.random.Generator) -> None:
+    """Any padding; what lies beside the image never wins, though all values are negative."""
+    kernel = (int(rng.integers(2, 5)), int(rng.integers(1, 4)))
+    pads = tuple(int(rng.integers(0, kernel[i % 2])) for i in range(4))
+    geometry = Geometry((7, 6), kernel, (int(rng.integers(1, 4)), 2), pads)  # type: ignore[arg-type]
+    x = -np.abs(rng.normal(size=(2, 7, 6, int(rng.choice([3, 32]))))).astype(np.float32) - 1
+    padded = np.pad(x, [(0, 0), pads[::2], pads[1::2], (0, 0)], constant_values=-np.inf)
+    views = np.lib.stride_tricks.sliding_window_view(padded, kernel, (1, 2)).max((-2, -1))
+    result = run(lambda t: max_pool2d.compute(geometry, t), [x], scheduled=scheduled)
+    np.testing.assert_array_equal(result, views[:, :: geometry.strides[0], :: geometry.strides[1]])
+
+
+@pytest.mark.parametrize(
+    ("geometry", "sentence"),
+    [
+        (Geometry((5, 5), (2, 2), pads=(1, 0, 0, 0), dilations=(2, 2)), "dilations and padding is not supported: pad"),
+        (Geometry((5, 5), (2, 2), pads=(2, 0, 0, 0)), r"pads \[2, 0, 0, 0\]: a window lies beside the image"),
+    ],
+)
+def test_max_pooling_that_is_refused(geometry: Geometry, sentence: str) -> None:
+    from tvm import te
+
+    with pytest.raises(ValueError, match=sentence):
+        max_pool2d.compute(geometry, te.placeholder((1, 5, 5, 8), "float32"))
 
 
 # Search space and targets ------------------------------------------------------------------------------------------

@@ -135,8 +135,8 @@ def _hold_bounds(sch: Any, block: Any, target: Target) -> list[Any]:
 
 
 def _share(sch: Any, loops: list[Any], steps: int, threads: int) -> None:
-    """Share out the outermost loops that give every thread enough pieces; what is inside stays a loop, from which LLVM
-    moves what does not change."""
+    """Share out the outermost loops that divide between the threads, evenly or into many pieces; what is inside stays a
+    loop, from which LLVM moves what does not change."""
     if threads == 1 or steps < _MIN_PARALLEL_STEPS or not loops:
         return
     extents = _extents(sch, loops)
@@ -193,10 +193,8 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     unit = WORD_BITS if packs else 1  # so many channels make one step of the writer's last loop
     unpacks = sch.get(main).name_hint == bitweight_conv2d.BLOCK
     of_floats = sch.get(main).name_hint == float_conv2d.BLOCK
-    whole = WORD_BITS if packs or unpacks else 1  # and so many stay together
-    in_octets = target.byte_counter is not None and _in_octets(sch, main)
-    if target.byte_counter and in_octets:
-        whole = target.byte_counter.octets
+    octets = _octets(sch, main)
+    whole = octets or (WORD_BITS if packs or unpacks else 1)  # and so many stay together
     work = math.prod(_extents(sch, sch.get_loops(main))) // target.lanes
 
     *outer, channel = sch.get_loops(writer)
@@ -220,7 +218,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     channel_outer, inner[-1] = sch.split(channel, [None, inner[-1]])
     outer.append(channel_outer)
     shared = outer
-    if (unpacks or of_floats or in_octets) and math.prod(extents) >= _MANY_PIXELS:
+    if (unpacks or of_floats or octets) and math.prod(extents) >= _MANY_PIXELS:
         # Filters first: a tile of them is unpacked once for all pixels, or stays in the nearest cache.
         outer = [channel_outer, *outer[:-1]]
         shared = outer[:1] if unpacks else outer
@@ -240,7 +238,8 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
 
     spatial, reduction = _own_loops(sch, main)
     _share(sch, shared, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
-    network = counter and _network(sch, main, lanes, counter)
+    most = adder_network.MOST_OCTETS if octets else adder_network.MOST_WORDS
+    network = counter and _window(sch, main, lanes, octets or counter.lanes, most)
     if popcount and in_bytes:
         _sum_bytes(sch, main, spatial, reduction, in_bytes, popcount, whole, target)
         spatial = []
@@ -312,18 +311,12 @@ def _window(sch: Any, main: Any, channels: int, lanes: int, most: int) -> adder_
     dy, dx = (int(d) for d in block.annotations["dilations"])
     x, w, x_masked, w_masked = (int(p) for p in block.annotations["planes"])
     planes = bitserial_conv2d.Planes(x, w, bool(x_masked), bool(w_masked))
-    return adder_network.window((kh, kw), words, (dy, dx), planes, most, _in_octets(sch, main))
+    return adder_network.window((kh, kw), words, (dy, dx), planes, most, octets=bool(_octets(sch, main)))
 
 
-def _in_octets(sch: Any, main: Any) -> bool:
-    """Whether the weights of a bit-serial sum lie in bytes."""
-    return bool(sch.get(main).annotations.get("octets", 0))
-
-
-def _network(sch: Any, main: Any, channels: int, counter: ByteCounter) -> adder_network.Window | None:
-    if _in_octets(sch, main):
-        return _window(sch, main, channels, counter.octets, adder_network.MOST_OCTETS)
-    return _window(sch, main, channels, counter.lanes, adder_network.MOST_WORDS)
+def _octets(sch: Any, main: Any) -> int:
+    """The filters of a block of a bit-serial sum whose weights lie in bytes; 0: they lie in words."""
+    return int(sch.get(main).annotations.get("octets", 0))
 
 
 def _count_bytes(

@@ -279,7 +279,7 @@ def popcounts(x: Any, weight: Any, product: Product) -> Any:
         "dilations": list(geometry.dilations),
         "strides": list(geometry.strides),
         "planes": [planes.x, planes.w, int(planes.x_masked), int(planes.w_masked)],
-    } | ({"octets": 1} if in_bytes else {})
+    } | ({"octets": int(block)} if in_bytes else {})
     return te.compute((x.shape[0], *geometry.output, filters), differing, name=BLOCK, attrs=attributes)
 
 
