@@ -163,6 +163,7 @@ def check_convolution(
     """A kernel of codes [N, H, W, C] and [O, C, KH, KW] against loops."""
     expected = apply(steps, convolution(x, weight, product.geometry).astype(np.float32))
     packed = words(x, product.x)
+    target = options["emulated"][0] if "emulated" in options else targets.host()
     rest = []
     if product.nonzeros:
         counted = run(lambda t: bitserial_conv2d.nonzeros(t, product), [packed], **options)
@@ -172,21 +173,21 @@ def check_convolution(
         rest = [counted]
     if to == "floats":
         edge = bitserial_conv2d.border(weight, product)
-        for weights in forms(bitserial_conv2d.pack_weight(weight, product.w)):
+        for weights in forms(bitserial_conv2d.pack_weight(weight, product.w), target):
             arrays = [packed, weights, *rest, *bitserial_conv2d.float_constants(edge, steps)]
             result = run(lambda *t: bitserial_conv2d.compute_float(product, edge, steps, *t), arrays, **options)
             np.testing.assert_array_equal(result, expected)
     else:
         in_words, edge, most = bit_weight(weight, product, steps)
-        for weights in forms(in_words):
+        for weights in forms(in_words, target):
             arrays = [packed, weights, *rest, most]
             result = run(lambda *t: bitserial_conv2d.compute_bits(product, edge, *t), arrays, **options)
             np.testing.assert_array_equal(result[..., 0, :], pack(expected >= 0))
 
 
-def forms(words: np.ndarray) -> list[np.ndarray]:
-    """Weights as words, and as bytes where this CPU takes those for so many filters."""
-    counter = targets.host().byte_counter
+def forms(words: np.ndarray, target: targets.Target) -> list[np.ndarray]:
+    """Weights as words, and as bytes where the target takes those for so many filters."""
+    counter = target.byte_counter
     if counter is None or words.shape[-1] % counter.octets:
         return [words]
     return [words, bitserial_conv2d.octets(words, counter.octets)]
@@ -233,7 +234,7 @@ def test_convolution_in_bytes(
     filters = 64 * int(rng.integers(1, 4))
     product = Product(geometry, a, w)
     x, weight = drawn(rng, a, batch, *geometry.image, channels), drawn(rng, w, filters, channels, *geometry.kernel)
-    assert len(forms(bitserial_conv2d.pack_weight(weight, w))) == 2
+    assert len(forms(bitserial_conv2d.pack_weight(weight, w), host)) == 2
     steps = transform(rng, filters, 20.0 * a.largest * w.largest)
     threads = 1 + int(rng.integers(2))
     check_convolution(x, weight, product, steps, str(rng.choice(["floats", "bits"])), scheduled=True, threads=threads)
