@@ -45,6 +45,20 @@ class Weights:
         """[ceil(O / 32), KH, KW, P, C]."""
         return np.ascontiguousarray(pack(self.planes.transpose(3, 4, 0, 2, 1)).transpose(4, 0, 1, 2, 3))
 
+    def unpacked(self, word: Callable[[int], Any], lane: Any) -> Any:
+        """One weight as a float32 expression: its bit of plane p is bit ``lane`` of ``word(p)``."""
+        from tvm import tirx
+
+        def chosen(plane: int, one: float, zero: float) -> Any:
+            bit = (word(plane) >> tirx.Cast("uint32", lane)) & tirx.const(1, "uint32")
+            low, high = tirx.const(zero, "float32"), tirx.const(one, "float32")
+            return tirx.Select(bit != tirx.const(0, "uint32"), high, low)
+
+        total = chosen(0, self.shift + self.worth[0], self.shift)
+        for plane, worth in enumerate(self.worth[1:], 1):
+            total = total + chosen(plane, worth, 0.0)
+        return total
+
 
 def few_bits(array: NDArray[np.float32]) -> Weights | None:
     """Float weights as planes, if they are those of some method; else None.
@@ -95,15 +109,7 @@ def compute(
     ry, rx, rc = te.reduce_axis((0, kh), "ry"), te.reduce_axis((0, kw), "rx"), te.reduce_axis((0, x.shape[3]), "rc")
 
     def unpacked(word: Any, row: Any, column: Any, c: Any, lane: Any) -> Any:
-        def chosen(plane: int, one: float, zero: float) -> Any:
-            bit = (words[word, row, column, plane, c] >> tirx.Cast("uint32", lane)) & tirx.const(1, "uint32")
-            low, high = tirx.const(zero, "float32"), tirx.const(one, "float32")
-            return tirx.Select(bit != tirx.const(0, "uint32"), high, low)
-
-        total = chosen(0, weights.shift + weights.worth[0], weights.shift)
-        for plane, worth in enumerate(weights.worth[1:], 1):
-            total = total + chosen(plane, worth, 0.0)
-        return total
+        return weights.unpacked(lambda plane: words[word, row, column, plane, c], lane)
 
     floats = te.compute((words.shape[0], kh, kw, x.shape[3], WORD_BITS), unpacked, name=UNPACKED)
 

@@ -120,17 +120,8 @@ def compute_few_bits(
     depth = weights.planes[0, 0].size
 
     def unpacked(o: Any, _: Any, k: Any) -> Any:
-        lane = tirx.Cast("uint32", tirx.floormod(k, WORD_BITS))
-
-        def chosen(plane: int, one: float, zero: float) -> Any:
-            bit = (words[o, plane, tirx.floordiv(k, WORD_BITS)] >> lane) & tirx.const(1, "uint32")
-            low, high = tirx.const(zero, "float32"), tirx.const(one, "float32")
-            return tirx.Select(bit != tirx.const(0, "uint32"), high, low)
-
-        total = chosen(0, weights.shift + weights.worth[0], weights.shift)
-        for plane, worth in enumerate(weights.worth[1:], 1):
-            total = total + chosen(plane, worth, 0.0)
-        return total
+        word = tirx.floordiv(k, WORD_BITS)
+        return weights.unpacked(lambda plane: words[o, plane, word], tirx.floormod(k, WORD_BITS))
 
     floats = te.compute((weights.filters, 1, depth), unpacked, name=FILTERS)
     sums = _sums(x, geometry, weights.filters, depth, lambda o, k: floats[o, 0, k])
