@@ -222,11 +222,11 @@ def _array(constant: Tensor) -> str:
 
 def _references(made: Program, name: str) -> str:
     """Names for constants that lie in one block of the library."""
-    lines, at = [f'extern const char {name}_constants[] __attribute__((visibility("hidden")));'], 0
-    for constant in made.constants:
+    lines = [f'extern const char {name}_constants[] __attribute__((visibility("hidden")));']
+    places, _ = workspace.in_turn(constant.bytes for constant in made.constants)
+    for constant, at in zip(made.constants, places, strict=True):
         kind = c_source.type_name(constant.dtype)
         lines.append(f"#define {constant.name} ((const {kind} *)({name}_constants + {at}))")
-        at += workspace.aligned(constant.bytes)
     return "\n".join(lines)
 
 

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.support.popen_pool import PopenPoolExecutor, StatusKind
 
 import targets
-from pipeline import compiler, cycle_model, executable, kernel, toolchain
-from pipeline.workspace import aligned
+from pipeline import compiler, cycle_model, executable, kernel, toolchain, workspace
 from targets import Target, cores
 
 HERTZ = 1e9
@@ -83,17 +81,8 @@ def _build(given: tuple[str, tvm.IRModule, Any]) -> str:
     function = compiler.finish(mod["main"], target)
     made = kernel.make({"main": function}, "k", llvm, target.registers * target.vector_bits // 8)["main"]
     sizes = [int(np.prod([int(n) for n in p.ty.shape])) * np.dtype(str(p.ty.dtype)).itemsize for p in function.params]
-    places, size = _in_turn([*sizes, *(temporary.size for temporary in made.temporaries)])
+    places, size = workspace.in_turn([*sizes, *(temporary.size for temporary in made.temporaries)])
     return str(executable.link(made.parts, [(_SYMBOL, places)], size, target, Path(tempfile.mkdtemp())))
-
-
-def _in_turn(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where blocks of ``sizes`` bytes lie one after the other, and how many bytes all need."""
-    places, end = [], 0
-    for size in sizes:
-        places.append(end)
-        end += aligned(size)
-    return places, end
 
 
 @derived_object

@@ -42,7 +42,7 @@ def write(
         name=name,
         workspace_bytes=max(made.workspace_bytes, workspace.ALIGNMENT),
         workspace_bound=made.workspace_bound,
-        constant_bytes=max(sum(workspace.aligned(constant.bytes) for constant in made.constants), workspace.ALIGNMENT),
+        constant_bytes=max(workspace.in_turn(constant.bytes for constant in made.constants)[1], workspace.ALIGNMENT),
         toolchain=nvcc.name,
     )
     gpus = targets.architectures(target, cuda_kernel.shared_bytes(made.kernels))
@@ -76,9 +76,8 @@ def _link(made: Program, manifest: Manifest, record: CLibrary, source: str, fold
 
 def _calls(made: Program, ids: dict[Tensor, str]) -> list[str]:
     """C++ that starts the kernels; each is a cudaError_t."""
-    constants, end = {}, 0
-    for constant in made.constants:
-        constants[constant], end = end, end + workspace.aligned(constant.bytes)
+    places, _ = workspace.in_turn(constant.bytes for constant in made.constants)
+    constants = dict(zip(made.constants, places, strict=True))
 
     def place(tensor: Tensor) -> str:
         if tensor.kind == "scratch":
@@ -93,7 +92,6 @@ def _calls(made: Program, ids: dict[Tensor, str]) -> list[str]:
 def _block(tensors: Sequence[Argument], record: CLibrary) -> dict[str, int]:
     """Where everything lies in one piece of memory on the device, and its size."""
     sizes = {t.id: t.tensor.bytes for t in tensors}
-    places, end = {}, 0
-    for part, size in [*sizes.items(), (" constants", record.constant_bytes), (" workspace", record.workspace_bytes)]:
-        places[part], end = end, end + workspace.aligned(size)
-    return {**places, " size": end}
+    sizes |= {" constants": record.constant_bytes, " workspace": record.workspace_bytes}
+    places, end = workspace.in_turn(sizes.values())
+    return {**dict(zip(sizes, places, strict=True)), " size": end}

@@ -8,7 +8,7 @@ on networks the greedy ones below mostly reach it.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register of any target
@@ -78,6 +78,15 @@ def plan(spans: Sequence[Span]) -> Plan:
 def aligned(size: int) -> int:
     """``size`` rounded up to whole `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def in_turn(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Where blocks of ``sizes`` bytes lie one after the other, and how many bytes all need."""
+    places, end = [], 0
+    for size in sizes:
+        places.append(end)
+        end += aligned(size)
+    return places, end
 
 
 def _first_fit(order: Sequence[int], sizes: Sequence[int], spans: Sequence[Span]) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.workspace import ALIGNMENT, Plan, Span, aligned, plan
+from pipeline.workspace import ALIGNMENT, Plan, Span, aligned, in_turn, plan
 
 SIZES = st.one_of(st.integers(1, 300), st.sampled_from([1, 63, 64, 65, 4096, 100_000]))
 
@@ -101,6 +101,15 @@ def test_networks_are_within_a_tenth_of_the_bound(shape: object, length: int, rn
     assert made.size <= 1.1 * made.bound, (made.size, made.bound, spans)
 
 
+@given(st.lists(st.integers(1, 300) | st.sampled_from([63, 64, 65, 4096]), max_size=25))
+def test_blocks_in_turn_lie_without_gaps(sizes: list[int]) -> None:
+    places, end = in_turn(sizes)
+    assert places == sorted(places)
+    assert_valid([Span(size, 0, 0) for size in sizes], Plan(tuple(places), end, end))
+    assert end == fullest_step([Span(size, 0, 0) for size in sizes])
+
+
 def test_nothing_needs_nothing() -> None:
     assert plan([]) == Plan((), 0, 0)
+    assert in_turn([]) == ([], 0)
     assert plan([Span(1, 3, 3)]) == Plan((0,), ALIGNMENT, ALIGNMENT)
