@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jinja2
 import tvm
 
-from pipeline import c_names, c_source, compiler, program, toolchain, workspace
+from pipeline import c_names, c_source, compiler, kernel, llvm, program, toolchain, workspace
 from pipeline.artifact import CLibrary, Manifest
 from pipeline.artifact import Tensor as Spec
 from pipeline.kernel import Part
@@ -76,8 +76,8 @@ def write(
     """
     source = manifest.emit == "c-source"
     scheduled, kernels, tuned = compiler.scheduled(lowered, target, manifest.threads, records)
-    llvm = target.tvm_target(manifest.threads)
-    compiles_for = tvm.target.Target({"kind": "c"}) if source else llvm
+    cpu = target.tvm_target(manifest.threads)
+    compiles_for = tvm.target.Target({"kind": "c"}) if source else cpu
     registers = target.registers * target.vector_bits // 8
     outputs = tuple(spec.name for spec in manifest.outputs)
     made = program.make(scheduled, outputs, name, compiles_for, manifest.threads, registers)
@@ -89,7 +89,7 @@ def write(
         constant_bytes=sum(constant.bytes for constant in made.constants),
         toolchain=tools.name if tools else "",
     )
-    parts, module = made.parts, made.module()
+    parts, module = made.parts, kernel.module(made.parts)
     if source:
         text = "\n\n".join(c_source.define(module[part.symbol]) for part in parts)
         constants = "\n\n".join(_array(tensor) for tensor in made.constants)
@@ -100,7 +100,7 @@ def write(
     if tools is None:
         (folder / f"{name}.c").write_text(driver)
     else:
-        _link(made, name, folder, driver, tvm.get_global_func("target.build.llvm")(module, llvm), tools)
+        _link(made, name, folder, driver, llvm.build(module, cpu), tools)
     return {"kernels": kernels, "tuned_kernels": tuned, "c_library": record}
 
 

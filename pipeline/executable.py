@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import tvm
-
-from pipeline import toolchain
+from pipeline import kernel, llvm, toolchain
 from pipeline.kernel import Part
 from targets import Target
 
@@ -40,8 +38,7 @@ def link(
     Raises:
         ValueError: the target has no C compiler here, or it failed.
     """
-    module = tvm.tirx.transform.LowerIntrin()(tvm.IRModule({part.symbol: part.function for part in parts}))
-    tvm.get_global_func("target.build.llvm")(module, target.tvm_target(1)).write_to_file(str(folder / "kernels.o"))
+    llvm.build(kernel.module(parts), target.tvm_target(1)).write_to_file(str(folder / "kernels.o"))
     values = {
         "declarations": "\n".join(
             f"int {part.symbol}({', '.join(['void *'] * len(part.function.params))});" for part in parts

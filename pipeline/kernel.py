@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,11 @@ def make(functions: dict[str, tirx.PrimFunc], prefix: str, target: Any, stack_li
         name: _cut(f"{prefix}_k{i}_" + re.sub(r"\W+", "_", name)[:40], lowered[name], target, stack_limit)
         for i, name in enumerate(sorted(functions))
     }
+
+
+def module(parts: Iterable[Part]) -> tvm.IRModule:
+    """The functions of parts, ready for a code generator."""
+    return tirx.transform.LowerIntrin()(tvm.IRModule({part.symbol: part.function for part in parts}))
 
 
 # Those of `tvm.s_tir.pipeline.default_s_tir_pipeline` that concern a CPU, up to where it makes packed functions.

@@ -76,10 +76,6 @@ class Program:
         """The functions of all kernels."""
         return [part for each in self.kernels for part in each.parts]
 
-    def module(self) -> tvm.IRModule:
-        """The functions, ready for a code generator."""
-        return tvm.tirx.transform.LowerIntrin()(tvm.IRModule({part.symbol: part.function for part in self.parts}))
-
 
 def make(
     scheduled: tvm.IRModule, outputs: tuple[str, ...], prefix: str, target: Any, workers: int, stack_limit: int

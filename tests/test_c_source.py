@@ -32,7 +32,7 @@ def parts(function: Any, stack_limit: int = 2048) -> tuple[str, kernel.Kernel]:
     """A function in C, and what it became."""
     target = tvm.target.Target(C)
     made = kernel.make({"main": function}, "net", target, stack_limit)["main"]
-    module = tirx.transform.LowerIntrin()(tvm.IRModule({part.symbol: part.function for part in made.parts}))
+    module = kernel.module(made.parts)
     return "\n".join(c_source.define(module[part.symbol]) for part in made.parts), made
 
 
@@ -366,10 +366,9 @@ def test_the_adder_network_is_one_cpus(small_model: Path) -> None:
     lowered = compiler.lower(importer.load(small_model, 1, targets.load("x86-avx2")))
     scheduled, _, _ = compiler.scheduled(lowered, targets.load("x86-avx2"), 1)
     made = program.make(scheduled, ("y",), "net", tvm.target.Target(C), 1, 2048)
-    functions = {part.symbol: part.function for k in made.kernels for part in k.parts}
-    module = tirx.transform.LowerIntrin()(tvm.IRModule(functions))
+    module = kernel.module(made.parts)
     with pytest.raises(
         ValueError,
         match=r"^(the intrinsic llvm\.x86\.\S+|tirx\.reinterpret) cannot be written in C99: compile with --emit c-l",
     ):
-        list(map(c_source.define, (module[symbol] for symbol in functions)))
+        list(map(c_source.define, (module[part.symbol] for part in made.parts)))
