@@ -240,8 +240,8 @@ def _geometry(image: Sequence[int], kernel: Sequence[int], a: Attributes) -> Geo
     )
 
 
-def _product(e: Emitter, x: Value, weight: Constant, geometry: Geometry, shape: tuple[int, ...]) -> Value | None:
-    """The convolution of x with weights [O, C, KH, KW] of few bits; None: they are floats like any other."""
+def _product(e: Emitter, x: Value, weight: Constant, geometry: Geometry, shape: tuple[int, ...]) -> Value:
+    """The convolution of x with weights [O, C, KH, KW]."""
     if isinstance(weight, Stacked):
         if not isinstance(x, Codes):
             raise ValueError("stacked filters with real activations are not compiled: quantise the activations")
@@ -250,7 +250,25 @@ def _product(e: Emitter, x: Value, weight: Constant, geometry: Geometry, shape: 
     if isinstance(x, Codes) and (code := bitweight_conv2d.integer_code(weights)) is not None:
         return Channelwise(Sum(e, x, weights.astype(np.int64), code, geometry, shape))
     few = bitweight_conv2d.few_bits(weights)
-    return None if few is None else Channelwise(RealSum(e, x, few, geometry, shape))
+    if few is not None:
+        return Channelwise(RealSum(e, x, few, geometry, shape))
+    return _float_sums(e, x, weights, geometry, shape)
+
+
+def _float_sums(e: Emitter, x: Value, weights: np.ndarray, geometry: Geometry, shape: tuple[int, ...]) -> Value:
+    """The convolution, or of [N, C] the matrix product, with weights that are floats like any other."""
+    if e.target.gpu is not None:
+        return Channelwise(FloatSum(e, x, weights, geometry, shape))
+
+    dense = len(shape) == 2
+
+    def compute(*tensors: Any) -> Any:
+        if dense:
+            return float_conv2d.compute_dense(shape[1], *tensors)
+        return float_conv2d.compute(geometry, shape[1], *tensors)
+
+    kind, packed = "dense" if dense else "conv2d", float_conv2d.pack_weight(weights)
+    return Channelwise(Real(e, e.te(kind, compute, x.real(), packed, op_pattern=OUT_ELEMENTWISE_FUSABLE), shape))
 
 
 def _per_channel(value: Value, like: Value) -> np.ndarray | None:
@@ -278,19 +296,10 @@ def _conv(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     groups = int(a.get("group", 1))
     geometry = _geometry(x.shape[2:], weight.shape[2:], a)
     shape = (x.shape[0], weight.shape[0], *geometry.output)
-    product = _product(e, x, weight, geometry, shape) if groups == 1 else None
-    if product is not None:
-        return _add_bias(e, product, bias)
-    if isinstance(x, Codes) and groups != 1:
-        raise ValueError(f"a convolution of codes with group = {groups} is not supported: use group = 1")
-    if e.target.gpu is not None and groups == 1:
-        return _add_bias(e, Channelwise(FloatSum(e, x, weight.array, geometry, shape)), bias)
     if groups == 1:
-
-        def compute(image: Any, weights: Any) -> Any:
-            return float_conv2d.compute(geometry, shape[1], image, weights)
-
-        return _add_bias(e, _float_sums(e, "conv2d", compute, x, weight.array, shape), bias)
+        return _add_bias(e, _product(e, x, weight, geometry, shape), bias)
+    if isinstance(x, Codes):
+        raise ValueError(f"a convolution of codes with group = {groups} is not supported: use group = 1")
     conv = relax.op.nn.conv2d(
         x.real(),
         relax.const(np.ascontiguousarray(weight.array.transpose(2, 3, 1, 0))),
@@ -314,21 +323,7 @@ def _gemm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
     rows = weight.array if a.get("transB", 0) else weight.array.T
     shape = (x.shape[0], rows.shape[0])
     product = _product(e, x, Constant(rows[:, :, None, None]), Geometry((1, 1), (1, 1)), shape)
-    if product is not None:
-        return _add_bias(e, product, bias)
-    if e.target.gpu is not None:
-        sums = FloatSum(e, x, rows[:, :, None, None], Geometry((1, 1), (1, 1)), shape)
-        return _add_bias(e, Channelwise(sums), bias)
-
-    def compute(vectors: Any, weights: Any) -> Any:
-        return float_conv2d.compute_dense(shape[1], vectors, weights)
-
-    return _add_bias(e, _float_sums(e, "dense", compute, x, rows[:, :, None, None], shape), bias)
-
-
-def _float_sums(e: Emitter, kind: str, compute: Any, x: Value, weights: np.ndarray, shape: tuple[int, ...]) -> Value:
-    packed = float_conv2d.pack_weight(weights)
-    return Channelwise(Real(e, e.te(kind, compute, x.real(), packed, op_pattern=OUT_ELEMENTWISE_FUSABLE), shape))
+    return _add_bias(e, product, bias)
 
 
 def _batch_norm(e: Emitter, inputs: Sequence[Any], a: Attributes) -> Value:
