@@ -167,7 +167,7 @@ class Sum:
         out = self.emitter.te(
             "bitserial_conv2d", compute, x, *weight, *rest, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE
         )
-        return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
+        return _from_pixels(self.emitter, out, self.shape)
 
     def _words_by_gemm(self, steps: Sequence[Step]) -> relax.Expr:
         gemm, flip, least = bitserial_gemm.bit_threshold(self.weights, self.product, self._operation, steps)
@@ -198,7 +198,7 @@ class Sum:
         out = self.emitter.te(
             "bitserial_gemm", compute, self._words(), *rows, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE
         )
-        return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
+        return _from_pixels(self.emitter, out, self.shape)
 
     @property
     def _operation(self) -> Any:
@@ -304,7 +304,7 @@ class RealSum:
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
         x = _as_pixels(self.emitter, self.of)
         out = self._sums(x, steps, finish) if self.emitter.target.gpu is None else self._gemm(x, steps, finish)
-        return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
+        return _from_pixels(self.emitter, out, self.shape)
 
     def _gemm(self, x: relax.Expr, steps: Sequence[Step], finish: Finish) -> relax.Expr:
         def compute(*tensors: Any) -> Any:
@@ -348,13 +348,18 @@ class FloatSum:
         x = _as_pixels(self.emitter, self.of)
         rows, constants = implicit_gemm.rows(self.weights), [step.value for step in steps]
         out = self.emitter.te("gemm", compute, x, rows, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE)
-        return self.emitter.op(relax.op.reshape(out, self.shape)) if len(self.shape) == 2 else out
+        return _from_pixels(self.emitter, out, self.shape)
 
 
 def _as_pixels(emitter: Emitter, value: Value) -> relax.Expr:
     """A tensor as a map; [N, C] as one of 1x1 pixels."""
     x = value.real()
     return emitter.op(relax.op.reshape(x, (value.shape[0], 1, 1, value.shape[1]))) if len(value.shape) == 2 else x
+
+
+def _from_pixels(emitter: Emitter, out: relax.Expr, shape: Shape) -> relax.Expr:
+    """A map as a tensor of ``shape``: as it is, or one of 1x1 pixels as [N, C]."""
+    return emitter.op(relax.op.reshape(out, shape)) if len(shape) == 2 else out
 
 
 @dataclass(frozen=True, eq=False)
