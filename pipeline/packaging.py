@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import re
 import shutil
@@ -65,8 +64,8 @@ def compile_network(
         raise ValueError(f"{records}: tuning records hold for one CPU's instructions, and C source has none: use c-lib")
     if records is not None:
         tune.check_records(records, target, threads)
-    if emit == "c-source":  # the intrinsics of these are one CPU's
-        target = dataclasses.replace(target, byte_counter=None, byte_popcount=None, shift_insert=None)
+    if emit == "c-source":  # intrinsics are one CPU's
+        target = target.without_intrinsics()
     folder = folder.absolute()
     name = c_names.check_library(name or re.sub(r"\W", "_", folder.name)) if emit != "vm" else folder.name
     lowered = compiler.lower(importer.load(model, batch, target))

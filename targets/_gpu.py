@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
+SOURCE = "CUDA C++ Programming Guide 13.0, compute capabilities; PTX ISA 9.0, mma; nvcc 13.0.88's SASS"
+"""Where the numbers of all GPUs are from."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -27,6 +30,13 @@ class Gpu:
     fragment: tuple[int, int, int]
     async_copy: bool
     shared_bytes: int
+
+    @property
+    def popcount(self) -> str:
+        """How a target with this GPU counts words."""
+        if self.bit_product:
+            return f"1-bit tensor cores (BMMA, {self.bit_product})"
+        return "POPC: no 1-bit tensor cores, the compiler emulates them"
 
     def missing(self) -> str:
         """What this machine lacks to run its code; '' when it can."""

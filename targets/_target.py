@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from targets._gpu import Gpu
+from targets._gpu import SOURCE, Gpu
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,15 @@ class Target:
     def lanes(self) -> int:
         """32-bit lanes of a vector register."""
         return self.vector_bits // 32
+
+    def without_intrinsics(self) -> Target:
+        """The target without instructions that only LLVM can name: for C source, or where a GPU does the work."""
+        return replace(self, byte_counter=None, byte_popcount=None, shift_insert=None)
+
+    def with_gpu(self, gpu: Gpu) -> Target:
+        """The target of a GPU beside this CPU, named after its architecture."""
+        name = f"cuda-{gpu.arch.replace('_', '')}"
+        return replace(self.without_intrinsics(), name=name, popcount=gpu.popcount, source=SOURCE, gpu=gpu)
 
     def tvm_target(self, threads: int) -> Any:
         """TVM's target for code that runs on ``threads`` cores.

@@ -1,15 +1,8 @@
 """NVIDIA Blackwell data centre GPUs: B200."""
 
-import dataclasses
-
 from targets import x86_avx2
 from targets._gpu import Gpu
 
-TARGET = dataclasses.replace(
-    x86_avx2.TARGET,
-    name="cuda-sm100",
-    popcount="POPC: no 1-bit tensor cores, the compiler emulates them",
-    source="CUDA C++ Programming Guide 13.0, compute capabilities; PTX ISA 9.0, mma; nvcc 13.0.88's SASS",
-    byte_counter=None,
-    gpu=Gpu(arch="sm_100", bit_product="", fragment=(0, 0, 0), async_copy=True, shared_bytes=227 << 10),
+TARGET = x86_avx2.TARGET.with_gpu(
+    Gpu(arch="sm_100", bit_product="", fragment=(0, 0, 0), async_copy=True, shared_bytes=227 << 10)
 )

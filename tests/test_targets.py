@@ -134,6 +134,7 @@ def test_gpu_contract(name: str) -> None:
     assert gpu is not None and name == f"cuda-{gpu.arch.replace('_', '')}"
     assert (gpu.fragment == (0, 0, 0)) == (gpu.bit_product == "")
     assert 48 << 10 < gpu.shared_bytes < 228 << 10
+    assert (target.byte_counter, target.byte_popcount, target.shift_insert) == (None, None, None)
     tvm_target = target.tvm_target(1)
     assert (tvm_target.kind.name, tvm_target.host.kind.name) == ("cuda", "llvm")
     assert (tvm_target.attrs["arch"], int(tvm_target.attrs["max_shared_memory_per_block"])) == (
