@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from targets import ByteCounter
 from tvm_ops.ops.bitserial_conv2d import Planes
@@ -30,12 +30,21 @@ _MOST_NETWORKS = 16  # beyond that many pairs of planes the code no longer fits 
 class Window:
     """The words of one pixel that are summed at once: taps of the kernel x words of channels, the dilation, planes."""
 
+    PATTERN: ClassVar[str] = r"(popcounts|octets)_(\d+)x(\d+)x(\d+)" + r"_(\d+)" * 6
+    """The regular expression of a `name`; `named` takes its groups."""
+
     height: int
     width: int
     words: int
     dilations: tuple[int, int]
     planes: Planes
     octets: bool = False
+
+    @classmethod
+    def named(cls, kind: str, *numbers: str) -> Window:
+        """The window whose name has these groups."""
+        height, width, words, dy, dx, x, w, x_masked, w_masked = map(int, numbers)
+        return cls(height, width, words, (dy, dx), Planes(x, w, bool(x_masked), bool(w_masked)), kind == "octets")
 
     @property
     def name(self) -> str:
@@ -64,11 +73,8 @@ def window(
 
 def register_those_in(text: str, counter: ByteCounter) -> None:
     """Register the intrinsics of ``counter`` that tuning records name, before TVM reads the records."""
-    number = r"_(\d+)"
-    for kind, *numbers in set(re.findall(rf"(popcounts|octets)_(\d+)x(\d+)x(\d+){number * 6}_{counter.name}\b", text)):
-        kh, kw, words, dy, dx, x, w, x_masked, w_masked = map(int, numbers)
-        planes = Planes(x, w, bool(x_masked), bool(w_masked))
-        intrinsic(counter, Window(kh, kw, words, (dy, dx), planes, kind == "octets"))
+    for groups in set(re.findall(rf"{Window.PATTERN}_{counter.name}\b", text)):
+        intrinsic(counter, Window.named(*groups))
 
 
 def intrinsic(counter: ByteCounter, window: Window) -> str:

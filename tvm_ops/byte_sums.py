@@ -19,7 +19,6 @@ from typing import Any
 
 from targets import BytePopcount
 from tvm_ops.adder_network import Window
-from tvm_ops.ops.bitserial_conv2d import Planes
 
 LANES = 4
 
@@ -41,11 +40,9 @@ class Tile:
 def register_those_in(text: str, popcount: BytePopcount) -> None:
     """Register the intrinsics of ``popcount`` that tuning records name, before TVM reads the records."""
     spread()
-    number = r"_(\d+)"
-    for numbers in set(re.findall(rf"popcounts_(\d+)x(\d+)x(\d+){number * 9}_{popcount.name}\b", text)):
-        kh, kw, words, dy, dx, x, w, x_masked, w_masked, *tile = map(int, numbers)
-        window = Window(kh, kw, words, (dy, dx), Planes(x, w, bool(x_masked), bool(w_masked)))
-        intrinsic(popcount, Tile(window, *tile))
+    pattern = rf"{Window.PATTERN}_(\d+)_(\d+)_(\d+)_{popcount.name}\b"
+    for *window, columns, stride, vectors in set(re.findall(pattern, text)):
+        intrinsic(popcount, Tile(Window.named(*window), int(columns), int(stride), int(vectors)))
 
 
 def intrinsic(popcount: BytePopcount, tile: Tile) -> str:
