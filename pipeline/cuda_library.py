@@ -18,7 +18,9 @@ import targets
 from pipeline import c_library, compiler, cuda_kernel, cuda_toolchain, program, toolchain, workspace
 from pipeline.artifact import CLibrary, Manifest
 from pipeline.c_library import Argument
+from pipeline.cuda_toolchain import Nvcc
 from pipeline.program import Program, Tensor
+from pipeline.toolchain import Toolchain
 from targets import Target
 
 
@@ -30,7 +32,7 @@ def write(
     Raises:
         ValueError: there is no compiler for the target, or something is left in the graph that no kernel computes.
     """
-    nvcc = cuda_toolchain.find(target)
+    nvcc, tools = cuda_toolchain.find(target), toolchain.find(target)
     scheduled, count, tuned = compiler.scheduled(compiler.without_reshapes(lowered), target, 1, records)
     mod = program.straight(scheduled, target.tvm_target(1))
     functions = program.functions(mod)
@@ -46,13 +48,15 @@ def write(
         toolchain=nvcc.name,
     )
     gpus = targets.architectures(target, cuda_kernel.shared_bytes(made.kernels))
-    _link(made, manifest.model_copy(update={"gpus": gpus}), record, source, folder, target)
+    _link(made, manifest.model_copy(update={"gpus": gpus}), record, source, folder, nvcc, tools)
     return {"kernels": count, "tuned_kernels": tuned, "c_library": record, "gpus": gpus}
 
 
-def _link(made: Program, manifest: Manifest, record: CLibrary, source: str, folder: Path, target: Target) -> None:
+def _link(
+    made: Program, manifest: Manifest, record: CLibrary, source: str, folder: Path, nvcc: Nvcc, tools: Toolchain
+) -> None:
     """Header, wrappers, lib<name>.so and lib<name>.a."""
-    name, nvcc, tools = record.name, cuda_toolchain.find(target), toolchain.find(target)
+    name = record.name
     values = c_library.interface(made, manifest, record, "library.cu.h")
     launches = [launch for kernel in made.kernels for launch in kernel.launches]
     values |= {
