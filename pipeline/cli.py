@@ -227,11 +227,17 @@ def tune(
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     rpc: Rpc = None,
     key: Key = None,
+    carry: Annotated[
+        Path | None, typer.Option(help="A folder of candidates for a GPU that is elsewhere; again: take its results.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Search faster schedules for a network's kernels, on this machine or a board. Ctrl-C keeps what was found.
 
     A Cortex-A53, A72, A76 or A7 that is not here is not timed: cycles are counted by LLVM's model of it.
+
+    For a GPU that is not here, --carry FOLDER builds candidates, FOLDER/run.py measures them there, and the same command
+    takes the results.
 
     Example: crossbit tune runs/m16/model.onnx --trials 32
 
@@ -242,21 +248,31 @@ def tune(
 
     chosen = targets.load(target)
     folder = tuning.records_folder(records, chosen, threads)
-    lowered = compiler.lower(importer.load(model, batch, chosen))
+    lowered, board, waiting = compiler.lower(importer.load(model, batch, chosen)), _board_address(rpc, key), 0
+
+    def warn(sentence: str) -> None:
+        err.print(escape(sentence), highlight=False, soft_wrap=True)
+
     with _progress("tuning") as advance:
-        tuned = tuning.tune(
-            lowered,
-            chosen,
-            threads,
-            folder,
-            trials,
-            seed,
-            on_trial=lambda kernel, done, total: advance(done, total, kernel),
-            warn=lambda sentence: err.print(escape(sentence), highlight=False, soft_wrap=True),
-            board=_board_address(rpc, key),
+
+        def on_trial(kernel: str, done: int, total: int) -> None:
+            advance(done, total, kernel)
+
+        if carry is None:
+            tuned = tuning.tune(lowered, chosen, threads, folder, trials, seed, on_trial, warn, board)
+        elif board is not None:
+            raise ValueError("--carry and --rpc are two ways to a machine: give one of them")
+        else:
+            tuned, waiting = tuning.carry(lowered, chosen, threads, folder, carry, trials, seed, on_trial, warn)
+    if waiting:
+        warn(
+            f"{waiting} candidates in {carry} wait to be measured: `python {carry}/run.py` on a machine with the GPU, "
+            "NVIDIA's driver and NumPy, then bring the folder back and run this command again"
         )
     if as_json:
         _print_json([dataclasses.asdict(kernel) for kernel in tuned])
+        return
+    if waiting and not tuned:
         return
     rows = [
         (k.kernel, f"{k.default:,.1f}", f"{k.best:,.1f}", f"{k.default / k.best:.2f} x", str(k.trials)) for k in tuned

@@ -19,6 +19,16 @@ from tvm_ops import adder_network, byte_sums, schedule_cpu, schedule_cuda
 from tvm_ops.ops import bitpack
 
 
+def check_threads(target: Target, threads: int) -> None:
+    """Refuse threads that would have nothing to do.
+
+    Raises:
+        ValueError: several, for a GPU.
+    """
+    if target.gpu is not None and threads > 1:
+        raise ValueError(f"target {target.name} is a GPU, which has no use for {threads} threads: leave --threads out")
+
+
 def lower(mod: tvm.IRModule) -> tvm.IRModule:
     """Operators to TIR functions, element-wise ones fused into what produces them."""
     return tvm.transform.Sequential(

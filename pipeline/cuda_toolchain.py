@@ -18,6 +18,7 @@ from pipeline.toolchain import run
 from targets import Target
 
 _PREFIX = "/usr/local/cuda"  # of NVIDIA's packages for Linux
+_CODE = ("-std=c++17", "-O3")
 _INSTALL = (
     "run `pip install crossbit[cuda]` (CUDA 13.0), or install NVIDIA's CUDA toolkit and put nvcc on PATH or its folder "
     "in CUDA_PATH"
@@ -54,9 +55,21 @@ class Nvcc:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{output.stem}.cu"
             file.write_text(source)
-            code = ("-c", "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "--threads", "0")
+            code = ("-c", *_CODE, "-Xcompiler", "-fPIC", "--threads", "0")
             generate = f"arch=compute_{number},code=[{','.join(architectures)}]"
             run(self.name, str(self.path), *code, "-gencode", generate, *flags, "-o", str(output), str(file))
+
+    def compile_kernels(self, source: str, output: Path, architecture: str) -> None:
+        """The kernels of CUDA C++ as the driver loads them: machine code, without the host's.
+
+        Raises:
+            ValueError: it failed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            file, made = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
+            file.write_text(source)
+            run(self.name, str(self.path), "-cubin", f"-arch={architecture}", *_CODE, "-o", str(made), str(file))
+            shutil.move(made, output)  # whole or not at all
 
     def link_shared(self, output: str, objects: Sequence[str], *flags: str, **_: Any) -> None:
         """As `toolchain.Toolchain.link_shared`; the CUDA runtime goes into the library."""

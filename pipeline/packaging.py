@@ -134,10 +134,7 @@ def _check_route(target: Target, emit: Emit, threads: int) -> None:
     if target.gpu is not None:
         if emit == "c-source":
             raise ValueError(f"target {target.name} is a GPU, and C source is for CPUs: compile with --emit c-lib")
-        if threads > 1:
-            raise ValueError(
-                f"target {target.name} is a GPU, which has no use for {threads} threads: leave --threads out"
-            )
+        compiler.check_threads(target, threads)
         cuda_toolchain.find(target)
         return
     if not target.tvm_runtime and emit != "c-source":

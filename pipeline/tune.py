@@ -4,14 +4,19 @@ A records folder belongs to a target and a thread count (TVM's own look-up ignor
 time, here or on a board, or in a model's cycles (`pipeline/counted_runner.py`). The default schedule of every kernel is
 measured first and stored as a record like any other, so tuning never makes a kernel slower; a stopped run leaves its
 records and the next one continues from them.
+
+On GPUs there is nothing to search: a matrix product has at most some sixty tiles, which are all measured, and other
+kernels none. Candidates are a folder (`pipeline/cuda_batch.py`), which may be carried to the GPU and back.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
+import random
 import shutil
 import sys
 import tempfile
@@ -28,9 +33,10 @@ from tvm.s_tir import meta_schedule as ms
 
 import targets
 from pipeline import compiler, counted_runner, cycle_model, remote, toolchain
+from pipeline.cuda_batch import SCRIPT, Batch
 from pipeline.remote import Board
 from targets import Target, cores
-from tvm_ops import schedule_cpu
+from tvm_ops import schedule_cpu, schedule_cuda
 
 Unit = Literal["us", "model cycles"]
 SHIPPED = Path(__file__).with_name("records")
@@ -103,6 +109,7 @@ def claim(folder: Path, target: Target, threads: int, unit: Unit) -> None:
                 f"{folder}: these records were measured in {measured}, and this search measures in {unit}: "
                 "give it another folder with --records"
             )
+        return
     folder.mkdir(parents=True, exist_ok=True)
     identity = {"target": target.name, "threads": threads, "unit": unit}
     (folder / _IDENTITY).write_text(json.dumps(identity) + "\n")
@@ -131,10 +138,11 @@ def tune(
     Raises:
         ValueError: the folder's records are another target's or measured otherwise; the CPU cannot run the target, and
             it cannot be counted either.
-        ValueError, OSError: the board went away; what was found is in ``records``.
+        ValueError, OSError: the board went away, or the GPU failed; what was found is in ``records``.
     """
     if target.gpu is not None:
-        raise ValueError(f"target {target.name}: kernels for GPUs have their schedules by rule, and are not tuned yet")
+        _check_gpu(target, board)
+        return _tune_gpu(mod, target, threads, records, None, trials, seed, on_trial, warn)[0]
     unit = _unit(target, threads, board, warn)
     claim(records, target, threads, unit)
     with closing(_Run(target, threads, records, seed, board, unit, warn)) as run:
@@ -160,6 +168,34 @@ def tune(
         return [run.summary(task) for task in tasks]
 
 
+def carry(
+    mod: tvm.IRModule,
+    target: Target,
+    threads: int,
+    records: Path,
+    folder: Path,
+    trials: int,
+    seed: int,
+    on_trial: Callable[[str, int, int], None] = lambda kernel, done, total: None,
+    warn: Callable[[str], None] = lambda sentence: None,
+) -> tuple[list[Tuned], int]:
+    """Tune a GPU's kernels where it is not: take what was measured, and write to ``folder`` what is to be measured.
+
+    Args:
+        folder: to be carried to a machine with the GPU, where its script times the candidates, and back.
+        on_trial: called with the kernel's name, candidates measured or built so far, and in all.
+
+    Returns:
+        What is known of kernels that were measured; how many candidates wait.
+
+    Raises:
+        ValueError: the target is no GPU; the folder's records or candidates are another target's.
+    """
+    if target.gpu is None:
+        raise ValueError(f"target {target.name} is no GPU, and only candidates for GPUs are carried: leave --carry out")
+    return _tune_gpu(mod, target, threads, records, folder, trials, seed, on_trial, warn)
+
+
 def keep_best(measured: Path, kept: Path, target: Target) -> int:
     """Write to the folder ``kept`` the best record of each kernel that beats its default schedule; says how many."""
     kernels: dict[Any, list[Any]] = {}
@@ -174,6 +210,83 @@ def keep_best(measured: Path, kept: Path, target: Target) -> int:
         database.commit_workload(record.workload.mod)
         database.commit_tuning_record(record)
     return len(best)
+
+
+def _check_gpu(target: Target, board: tuple[str, str] | None) -> None:
+    """Refuse to measure what is not this machine's GPU."""
+    assert target.gpu is not None
+    advice = f"give --carry FOLDER, and run FOLDER/{SCRIPT} there: it needs the driver and NumPy only"
+    if board is not None:
+        raise ValueError(f"target {target.name}: kernels for GPUs are not measured over RPC; {advice}")
+    found = targets.capability()
+    if found is None or target.gpu.arch != "sm_{}{}".format(*found):
+        here = "no NVIDIA GPU" if found is None else "one of compute capability {}.{}".format(*found)
+        raise ValueError(f"target {target.name} needs its own GPU to be measured, and this machine has {here}; {advice}")
+
+
+def _tune_gpu(
+    mod: tvm.IRModule,
+    target: Target,
+    threads: int,
+    records: Path,
+    carried: Path | None,
+    trials: int,
+    seed: int,
+    on_trial: Callable[[str, int, int], None],
+    warn: Callable[[str], None],
+) -> tuple[list[Tuned], int]:
+    """As `carry`, or without a folder as `tune`."""
+    compiler.check_threads(target, threads)
+    claim(records, target, threads, "us")
+    known = _Known(target, threads, records, "us")
+    tasks = ms.relax_integration.extract_tasks(mod, known.tvm_target)
+    tilings = [(task, found) for task in tasks if (found := schedule_cuda.tilings(task.dispatched[0], target))]
+    totals = [min(trials, len(found)) for _, found in tilings]
+    with tempfile.TemporaryDirectory() as temporary:
+        batch = Batch(carried or Path(temporary) / "batch", target)
+        for i, (task, found) in enumerate(tilings):
+            done = itertools.count(sum(totals[:i]) + min(totals[i], len(known.stored(task))) + 1)
+
+            def progress(task: Any = task, done: Iterator[int] = done) -> None:
+                on_trial(task.task_name, next(done), sum(totals))
+
+            default = compiler.default_schedule(task.dispatched[0], target, threads)
+            wanted = _wanted(known.stored(task), default, found, trials, seed)
+            functions = [sch.mod["main"] for sch in wanted]
+            digests = batch.add(task.task_name, default.mod["main"], functions, progress if carried else lambda: None)
+            try:
+                if carried is None:
+                    batch.write()
+                    batch.run(progress)
+            finally:
+                results = batch.results()
+                for sch, digest in zip(wanted, digests, strict=True):
+                    if digest in results:
+                        _take(known, task, sch, results[digest], warn)
+            on_trial(task.task_name, sum(totals[: i + 1]), sum(totals))
+        batch.write()
+        return [known.summary(task) for task, _ in tilings if known.stored(task)], batch.waiting
+
+
+def _wanted(stored: list[Any], default: Any, tilings: list[Any], trials: int, seed: int) -> list[Any]:
+    """The schedules to measure until there are ``trials`` records: the default one first, then tiles by chance."""
+    drawn = {schedule_cuda.drawn_tile(record.trace) for record in stored}
+    new = [sch for sch in tilings[1:] if schedule_cuda.drawn_tile(sch.trace) not in drawn]
+    random.Random(seed).shuffle(new)
+    return [*([] if stored else [default]), *new][: max(0, trials - len(stored))]
+
+
+def _take(known: _Known, task: Any, sch: Any, result: dict[str, Any], warn: Callable[[str], None]) -> None:
+    """Make a record of a GPU's result."""
+    if error := result.get("error"):
+        if sch.trace.decisions:
+            warn(f"a candidate for {task.task_name} failed: {error}")
+        else:
+            raise ValueError(f"the default schedule of {task.task_name} failed: {error}")
+    identity = _identity(known.records)
+    identity["gpus"] = sorted({*identity.get("gpus", []), *filter(None, [result.get("gpu")])})
+    (known.records / _IDENTITY).write_text(json.dumps(identity) + "\n")
+    known.commit(task, sch, result.get("seconds"))
 
 
 def _unit(target: Target, threads: int, board: tuple[str, str] | None, warn: Callable[[str], None]) -> Unit:
@@ -194,7 +307,36 @@ def _unit(target: Target, threads: int, board: tuple[str, str] | None, warn: Cal
     return "us"
 
 
-class _Run:
+class _Known:
+    """The records of a target's kernels."""
+
+    def __init__(self, target: Target, threads: int, records: Path, unit: Unit) -> None:
+        self.target, self.threads, self.records, self.unit = target, threads, records, unit
+        self.tvm_target = target.tvm_target(threads)
+        self.database = compiler.open_records(records, target)
+
+    def stored(self, task: Any) -> list[Any]:
+        """The records of a task."""
+        workload = self.database.commit_workload(task.dispatched[0])
+        return [r for r in self.database.get_all_tuning_records() if r.workload.same_as(workload)]
+
+    def commit(self, task: Any, sch: Any, seconds: Any) -> None:
+        """Store a record of a task; without seconds, that a candidate failed."""
+        mod = task.dispatched[0]
+        arguments = ms.arg_info.ArgInfo.from_prim_func(mod["main"])
+        workload = self.database.commit_workload(mod)
+        self.database.commit_tuning_record(
+            ms.database.TuningRecord(sch.trace, workload, seconds, self.tvm_target, arguments)
+        )
+
+    def summary(self, task: Any) -> Tuned:
+        """What is known of a task."""
+        records = self.stored(task)
+        default, best = (_seconds(record) * _PER_SECOND[self.unit] for record in (_default(records), _best(records)))
+        return Tuned(task.task_name, self.unit, default, best, len(records))
+
+
+class _Run(_Known):
     """MetaSchedule's parts, made once for all kernels."""
 
     def __init__(
@@ -207,12 +349,9 @@ class _Run:
         unit: Unit,
         warn: Callable[[str], None],
     ) -> None:
-        self.target, self.threads, self.seed, self.unit = target, threads, seed, unit
-        self.tvm_target = target.tvm_target(threads)
-        self.records = records
+        super().__init__(target, threads, records, unit)
+        self.seed, self.board, self.warn = seed, board, warn
         self.logger = _log_to(records / _LOG)
-        self.database = compiler.open_records(records, target)
-        self.board, self.warn = board, warn
         if unit == "model cycles":
             self.builder: Any = counted_runner.Builder(target, _SECONDS)
             self.runner: Any = counted_runner.CountedRunner(target, _SECONDS)
@@ -233,11 +372,6 @@ class _Run:
         if self.unit == "model cycles":
             self.builder.close()
 
-    def stored(self, task: Any) -> list[Any]:
-        """The records of a task."""
-        workload = self.database.commit_workload(task.dispatched[0])
-        return [r for r in self.database.get_all_tuning_records() if r.workload.same_as(workload)]
-
     def measure_default(self, task: Any) -> None:
         """Store the default schedule as the first record of a task."""
         mod = task.dispatched[0]
@@ -252,9 +386,7 @@ class _Run:
         ms.utils.remove_build_dir(built.artifact_path)
         if result.error_msg is not None:
             raise ConnectionError(f"{_place(self.board)} did not measure {what}: {_last_line(result.error_msg)}")
-        workload = self.database.commit_workload(mod)
-        record = ms.database.TuningRecord(sch.trace, workload, result.run_secs, self.tvm_target, arguments)
-        self.database.commit_tuning_record(record)
+        self.commit(task, sch, result.run_secs)
 
     def designs(self, sch: Any) -> list[Any]:
         """Schedules to vary: one for each tensor intrinsic that draws led to, for its tile is no decision."""
@@ -304,12 +436,6 @@ class _Run:
                 _Progress(progress),
             ],
         )
-
-    def summary(self, task: Any) -> Tuned:
-        """What is known of a task."""
-        records = self.stored(task)
-        default, best = (_seconds(record) * _PER_SECOND[self.unit] for record in (_default(records), _best(records)))
-        return Tuned(task.task_name, self.unit, default, best, len(records))
 
 
 @contextmanager

@@ -26,6 +26,9 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pipeline.cuda_runner import Driver  # which needs no more than this script does
+
 CONVS = {"56x56x64": (56, 64), "28x28x128": (28, 128), "14x14x256": (14, 256), "7x7x512": (7, 512)}
 BATCHES = {"conv": (1, 128), "gemm": (8192,), "digits": (1,), "resnet18": (1, 512), "vgg7": (1, 512)}
 NETWORKS: dict[str, tuple[str, tuple[int, ...], int, dict[str, Any]]] = {
@@ -222,101 +225,6 @@ def _link(library: Path, source: str, gpus: tuple[str, ...], nvcc: Any) -> None:
         kernels = Path(temporary) / "kernels.o"
         nvcc.compile(source, kernels, gpus)
         nvcc.link_shared(str(library), [str(kernels)], "-Xlinker", "-s")
-
-
-# The driver, by ctypes -----------------------------------------------------------------------------------------------
-
-
-class Driver:
-    """The first GPU, a stream and events.
-
-    Raises:
-        ValueError: there is no driver or no GPU.
-    """
-
-    def __init__(self) -> None:
-        try:
-            self._library = ctypes.CDLL("libcuda.so.1")
-            self("cuInit", 0)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"no NVIDIA GPU answers here ({error}): run `scripts/bench_cuda.py --build DIR` here, and `--run DIR` "
-                f"on a machine with one"
-            ) from error
-        device, context, number = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_int()
-        self("cuDeviceGet", ctypes.byref(device), 0)
-        numbers = []
-        for attribute in (75, 76, 16):  # compute capability: major, minor; multiprocessors
-            self("cuDeviceGetAttribute", ctypes.byref(number), attribute, device)
-            numbers.append(number.value)
-        self.capability, self.processors = (numbers[0], numbers[1]), numbers[2]
-        name = ctypes.create_string_buffer(100)
-        self("cuDeviceGetName", name, 100, device)
-        self.name = name.value.decode()
-        self("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)  # the one of the CUDA runtime and of torch
-        self("cuCtxSetCurrent", context)
-        self.stream, self._start, self._stop = (ctypes.c_void_p() for _ in range(3))
-        self("cuStreamCreate", ctypes.byref(self.stream), 1)
-        for event in (self._start, self._stop):
-            self("cuEventCreate", ctypes.byref(event), 0)
-
-    def __call__(self, function: str, *arguments: Any) -> None:
-        status = getattr(self._library, function)(*arguments)
-        if status:
-            raise RuntimeError(f"{function} returns {status}")
-
-    def upload(self, array: np.ndarray) -> int:
-        pointer = self.allocate(array.nbytes)
-        array = np.ascontiguousarray(array)
-        self(
-            "cuMemcpyHtoD_v2",
-            ctypes.c_uint64(pointer),
-            ctypes.c_void_p(array.ctypes.data),
-            ctypes.c_size_t(array.nbytes),
-        )
-        return pointer
-
-    def allocate(self, size: int) -> int:
-        pointer = ctypes.c_uint64()
-        self("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
-        return pointer.value
-
-    def free(self, pointer: int) -> None:
-        self("cuMemFree_v2", ctypes.c_uint64(pointer))
-
-    def download(self, pointer: int, shape: list[int], dtype: str) -> np.ndarray:
-        array = np.empty(shape, dtype)
-        self(
-            "cuMemcpyDtoH_v2",
-            ctypes.c_void_p(array.ctypes.data),
-            ctypes.c_uint64(pointer),
-            ctypes.c_size_t(array.nbytes),
-        )
-        return array
-
-    def wait(self) -> None:
-        self("cuCtxSynchronize")
-
-    def seconds(self, call: Callable[[], object], calls: int, stream: ctypes.c_void_p | None = None) -> float:
-        """Of one call, the mean of ``calls`` in a row on a stream, by events on the GPU."""
-        stream = stream or self.stream
-        self("cuEventRecord", self._start, stream)
-        for _ in range(calls):
-            call()
-        self("cuEventRecord", self._stop, stream)
-        self("cuEventSynchronize", self._stop)
-        milliseconds = ctypes.c_float()
-        self("cuEventElapsedTime", ctypes.byref(milliseconds), self._start, self._stop)
-        return milliseconds.value / 1000 / calls
-
-    def graph(self, call: Callable[[], object]) -> Callable[[], None]:
-        """What ``call`` puts on the stream, as a graph that is launched at once."""
-        graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
-        self("cuStreamBeginCapture_v2", self.stream, 0)
-        call()
-        self("cuStreamEndCapture", self.stream, ctypes.byref(graph))
-        self("cuGraphInstantiateWithFlags", ctypes.byref(ready), graph, ctypes.c_uint64(0))
-        return lambda: self("cuGraphLaunch", ready, self.stream)
 
 
 # Running -------------------------------------------------------------------------------------------------------------
@@ -521,7 +429,12 @@ def main(arguments: list[str]) -> None:
     if given.build:
         build(given.build, given.target or "cuda-sm90", given.only)
         return
-    driver = Driver()
+    try:
+        driver = Driver()
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: run `scripts/bench_cuda.py --build DIR` here, and `--run DIR` on a machine with one"
+        ) from error
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.run or Path(temporary)
         if not given.run:

@@ -1,5 +1,7 @@
 /* A driver for tests: one GPU whose memory is the host's and whose streams do their work at once. */
+#include <dlfcn.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -30,9 +32,40 @@ int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t bytes) { return !memcp
 int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) { return !memcpy(to, (void *)from, bytes); }
 int cuEventCreate(double **event, unsigned flags) { return !(*event = malloc(sizeof **event)) || flags; }
 int cuEventRecord(double *event, void *stream) { return *event = now(), stream != 0; }
-int cuEventSynchronize(double *event) { return !event; }
+int cuEventQuery(double *event) { return !event; }
 int cuEventElapsedTime(float *milliseconds, double *start, double *stop) { return *milliseconds = *stop - *start, 0; }
-int cuStreamBeginCapture_v2(void *stream, int mode) { return stream != 0 || mode != 0; }
-int cuStreamEndCapture(void *stream, void **graph) { return *graph = 0, stream != 0; }
+
+/* A module is a library of `cuda_machine.EmulatedNvcc.compile_kernels`. */
+typedef int Function(const unsigned *sizes, void **parameters);
+int cuModuleLoad(void **module, const char *path) { return !(*module = dlopen(path, RTLD_NOW)); }
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+  char symbol[200];
+  snprintf(symbol, sizeof symbol, "emulated_%s", name);
+  return !(*function = dlsym(module, symbol));
+}
+int cuFuncSetAttribute(void *function, int attribute, int value) { return !function || attribute != 8 || value < 0; }
+
+/* A graph is the launches of the last capture; libraries launch by themselves, and at once. */
+static struct {
+  Function *function;
+  unsigned sizes[7];
+  void **parameters;
+} graph[100];
+static int capturing, launches;
+int cuLaunchKernel(Function *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void *stream, void **parameters, void **extra) {
+  unsigned sizes[] = {gx, gy, gz, bx, by, bz, shared};
+  if (stream || extra) return 1;
+  if (!capturing) return function(sizes, parameters);
+  graph[launches].function = function;
+  graph[launches].parameters = parameters;
+  return !memcpy(graph[launches++].sizes, sizes, sizeof sizes);
+}
+int cuStreamBeginCapture_v2(void *stream, int mode) { return launches = 0, capturing = 1, stream != 0 || mode != 0; }
+int cuStreamEndCapture(void *stream, void **graph) { return capturing = 0, *graph = 0, stream != 0; }
 int cuGraphInstantiateWithFlags(void **ready, void *graph, uint64_t flags) { return *ready = graph, flags != 0; }
-int cuGraphLaunch(void *ready, void *stream) { return ready || stream; }
+int cuGraphLaunch(void *ready, void *stream) {
+  int status = ready || stream;
+  for (int i = 0; i < launches && !status; i++) status = graph[i].function(graph[i].sizes, graph[i].parameters);
+  return status;
+}

@@ -78,9 +78,7 @@ def test_a_run_on_an_emulated_gpu(script: ModuleType, tmp_path: Path, monkeypatc
         subjects += [each for each in facts["subjects"] if each["batch"] == 1]
     facts["subjects"] = subjects
     (folder / "bench.json").write_text(json.dumps(facts))
-    driver = Path(__file__).with_name("cuda_driver.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", driver], check=True)
-    where = {"LD_LIBRARY_PATH": str(tmp_path), "CUDA_EMULATOR_ANY_MEMORY": "1"}
+    where = cuda_machine.driver(tmp_path)
 
     result = tmp_path / "result.json"
     done = call("--run", str(folder), "--rounds", "3", "--json", str(result), **where)

@@ -223,15 +223,6 @@ def test_what_makes_no_sense_for_a_gpu(
     assert sentence in capsys.readouterr().err
 
 
-def test_tuning_is_refused(model: Path, tmp_path: Path) -> None:
-    from pipeline import compiler, importer, tune
-
-    target = targets.load("cuda-sm80")
-    lowered = compiler.lower(importer.load(model, 1, target))
-    with pytest.raises(ValueError, match=r"kernels for GPUs .*not tuned yet"):
-        tune.tune(lowered, target, 1, tmp_path, 1, 0)
-
-
 @pytest.mark.parametrize(
     ("found", "sentence"),
     [

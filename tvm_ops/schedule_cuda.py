@@ -40,6 +40,28 @@ def schedule(sch: Any, target: Target, sample: bool = False) -> None:
         _schedule_reduction_or_map(sch, left)
 
 
+def tilings(mod: Any, target: Target) -> list[Any]:
+    """A schedule of the function ``main`` of ``mod`` for every tile, as if it had been drawn; that of the rule first.
+
+    None where there is no tile to choose.
+    """
+    from tvm.s_tir import Schedule
+
+    drawn = Schedule(mod)
+    schedule(drawn, target, sample=True)
+    made = []
+    for choice in drawn.trace.decisions:
+        for decision in range(len(choice.attrs[0])):
+            made.append(Schedule(mod))
+            drawn.trace.with_decision(choice, decision, True).apply_to_schedule(made[-1], False)
+    return made
+
+
+def drawn_tile(trace: Any) -> int | None:
+    """The number of the tile that a trace draws; None: the rule chose."""
+    return next((int(choice.attrs[0][int(decision)]) for choice, decision in trace.decisions.items()), None)
+
+
 def written(func: Any, target: Target) -> Any:
     """A scheduled function as it is built: matrix products and packings written out, floats rounded as on CPUs."""
     from tvm import IRModule
