@@ -236,8 +236,8 @@ def tune(
 
     A Cortex-A53, A72, A76 or A7 that is not here is not timed: cycles are counted by LLVM's model of it.
 
-    For a GPU that is not here, --carry FOLDER builds candidates, FOLDER/run.py measures them there, and the same command
-    takes the results.
+    For a GPU that is elsewhere, --carry FOLDER builds candidates, FOLDER/run.py measures them there, and the same
+    command takes the results.
 
     Example: crossbit tune runs/m16/model.onnx --trials 32
 
@@ -263,7 +263,7 @@ def tune(
         elif board is not None:
             raise ValueError("--carry and --rpc are two ways to a machine: give one of them")
         else:
-            tuned, waiting = tuning.carry(lowered, chosen, threads, folder, carry, trials, seed, on_trial, warn)
+            tuned, waiting = tuning.tune_gpu(lowered, chosen, threads, folder, trials, seed, on_trial, warn, carry)
     if waiting:
         warn(
             f"{waiting} candidates in {carry} wait to be measured: `python {carry}/run.py` on a machine with the GPU, "

@@ -13,7 +13,6 @@ from tvm.s_tir import meta_schedule as ms
 
 import pipeline.llvm  # noqa: F401 (TVM finds its function by name)
 from pipeline import cuda_kernel, program
-from pipeline.cuda_kernel import Kernel
 from targets import Target
 from tvm_ops import adder_network, byte_sums, schedule_cpu, schedule_cuda
 from tvm_ops.ops import bitpack
@@ -138,7 +137,7 @@ def build_cuda(mod: tvm.IRModule, target: Target, records: Path | None = None) -
     """As `build`, for a GPU: TVM alone would need a driver here, or leave its source to be compiled at every start."""
     mod, count, tuned = scheduled(without_reshapes(mod), target, 1, records)
     source, kernels = cuda_kernel.make(program.functions(mod), target.tvm_target(1))
-    executable = relax.build(_calls_by_name(mod, kernels), target.tvm_target(1), relax_pipeline=_TO_MACHINE)
+    executable = relax.build(_calls_by_name(mod), target.tvm_target(1), relax_pipeline=_TO_MACHINE)
     text = source + cuda_kernel.packed(kernels)
     return CudaBuild(executable, text, cuda_kernel.shared_bytes(kernels.values()), count, tuned)
 
@@ -148,9 +147,8 @@ def without_reshapes(mod: tvm.IRModule) -> tvm.IRModule:
     return relax.transform.DeadCodeElimination()(relax.transform.RewriteDataflowReshape()(mod))
 
 
-def _calls_by_name(mod: tvm.IRModule, kernels: dict[str, Kernel]) -> tvm.IRModule:
-    """``main`` alone, with a call of a library's function for each of a TIR function's, whose temporaries become
-    outputs that nobody reads."""
+def _calls_by_name(mod: tvm.IRModule) -> tvm.IRModule:
+    """``main`` alone, with a call of a library's function for each of a TIR function's."""
 
     @relax.expr_functor.mutator
     class Caller(relax.PyExprMutator):
@@ -158,14 +156,6 @@ def _calls_by_name(mod: tvm.IRModule, kernels: dict[str, Kernel]) -> tvm.IRModul
             call = super().visit_call_(call)
             if call.op != tvm.ir.Op.get("relax.call_tir"):
                 return call
-            name = call.args[0].name_hint
-            whole = call.ty_args[0]
-            outputs = list(whole.fields) if isinstance(whole, relax.TupleType) else [whole]
-            memory = [relax.TensorType((t.size,), "uint8") for t in kernels[name].temporaries]
-            if not memory:
-                return relax.call_dps_packed(name, call.args[1], whole)
-            results = self.builder_.emit(relax.call_dps_packed(name, call.args[1], [*outputs, *memory]))
-            picked = [relax.TupleGetItem(results, i) for i in range(len(outputs))]
-            return relax.Tuple(picked) if isinstance(whole, relax.TupleType) else picked[0]
+            return relax.call_dps_packed(call.args[0].name_hint, call.args[1], call.ty_args[0])
 
     return tvm.IRModule({"main": Caller(mod).visit_expr(mod["main"])})

@@ -19,8 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import tvm
-
 from pipeline import compiler, cuda_kernel, cuda_runner, cuda_toolchain
 from pipeline.cuda_runner import MANIFEST
 from targets import Target, cores

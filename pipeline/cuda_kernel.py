@@ -2,7 +2,7 @@
 
 TVM's passes run up to where host and GPU part. What is left of a function on the host is a straight line of launches
 with sizes that are known; from them a TVM library's packed functions are made here, and a C library's driver in
-`cuda_library`. TVM's own host code would need its allocator for tensors between two kernels of a function.
+`cuda_library`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from pipeline.kernel import Temporary, buffer_bytes, sequence
+from pipeline.kernel import Temporary, sequence
 
 _AXES = [f"{index}.{axis}" for index in ("blockIdx", "threadIdx") for axis in "xyz"]
 _COMPILE = "tvm_callback_cuda_compile"
@@ -30,7 +30,7 @@ class Launch:
 
     Attributes:
         kernel: its symbol.
-        pointers: for each of its parameters, which of the function's tensors it is; temporaries follow them.
+        pointers: for each of its parameters, which of the function's tensors it is.
         grid, block: how many blocks, and threads in each.
         shared_bytes: shared memory that the kernel is given when it starts.
     """
@@ -50,11 +50,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one scheduled function became: launches in this order, on its tensors and temporaries."""
+    """What one scheduled function became: launches in this order. No schedule stores a tensor between two of them."""
 
     launches: tuple[Launch, ...]
     tensors: int
-    temporaries: tuple[Temporary, ...]
+    temporaries: tuple[Temporary, ...] = ()
 
 
 # C++: starts a kernel on a stream.
@@ -126,13 +126,12 @@ def make(functions: dict[str, tirx.PrimFunc], target: Any) -> tuple[str, dict[st
 
 
 def packed(kernels: dict[str, Kernel]) -> str:
-    """CUDA C++ of functions that TVM's virtual machine calls: the tensors of each kernel, then its temporaries."""
+    """CUDA C++ of functions that TVM's virtual machine calls with the tensors of each kernel."""
     functions = []
     for name, kernel in kernels.items():
-        count = kernel.tensors + len(kernel.temporaries)
-        names = [f"t[{i}]" for i in range(count)]
+        names = [f"t[{i}]" for i in range(kernel.tensors)]
         lines = [f"  if (status == cudaSuccess) status = {each.line(names)};" for each in kernel.launches]
-        functions.append(_FUNCTION.format(name=name, count=count, launches="\n".join(lines)))
+        functions.append(_FUNCTION.format(name=name, count=kernel.tensors, launches="\n".join(lines)))
     return _HEAD + LAUNCH + "".join(functions)
 
 
@@ -204,24 +203,20 @@ def _only_source() -> Iterator[None]:
 def _kernel(function: tirx.PrimFunc) -> Kernel:
     """The launches of what is left of a function on the host."""
     places = [(parameter, i) for i, parameter in enumerate(function.params)]
-    temporaries: list[Temporary] = []
     launches: list[Launch] = []
 
     def place(data: Any) -> int:
         return next(i for buffer, i in places if buffer.same_as(data.args[0]))
 
     for statement in sequence(function.body):
-        if isinstance(statement, tirx.AllocBuffer):
-            places.append((statement.buffer, len(function.params) + len(temporaries)))
-            temporaries.append(Temporary(buffer_bytes(statement.buffer), each_worker=False))
-        elif isinstance(statement, tirx.DeclBuffer):
+        if isinstance(statement, tirx.DeclBuffer):
             places.append((statement.buffer, place(statement.data)))
         else:
             call = getattr(statement, "value", None)
             is_launch = isinstance(call, tvm.ir.Call) and call.op.name == "tirx.call_ffi_kernel"
             assert is_launch, f"the host does more for a function than start kernels: {statement}"
             launches.append(_launch(call, place))
-    return Kernel(tuple(launches), len(function.params), tuple(temporaries))
+    return Kernel(tuple(launches), len(function.params))
 
 
 def _launch(call: Any, place: Callable[[Any], int]) -> Launch:

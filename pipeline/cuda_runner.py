@@ -2,8 +2,8 @@
 
     python run.py     # in a folder with manifest.json and *.cubin; needs NVIDIA's driver and NumPy, and no crossbit
 
-Every candidate's output is compared with that of its kernel's default schedule, then it is timed by the GPU's events, as
-a graph of launches. Results are lines of results.jsonl, written as they come: an interrupted run goes on where it was.
+Every candidate's output is compared with that of its kernel's default schedule, then it is timed by the GPU's events,
+in graphs of launches. Results are lines of results.jsonl, written as they come: an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def _measure(folder: Path) -> None:
     manifest, known = json.loads((folder / MANIFEST).read_text()), results(folder)
     driver, warm = Driver(), False
     if (arch := "sm_{}{}".format(*driver.capability)) != manifest["arch"]:
-        raise ValueError(f"these candidates are for {manifest['arch']}, and this machine's GPU, {driver.name}, is {arch}")
+        raise ValueError(f"these candidates are for {manifest['arch']}, and this GPU, {driver.name}, is {arch}")
     for each in manifest["kernels"]:
         left = [candidate for candidate in each["candidates"] if candidate["digest"] not in known]
         if not left:

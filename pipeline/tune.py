@@ -142,7 +142,7 @@ def tune(
     """
     if target.gpu is not None:
         _check_gpu(target, board)
-        return _tune_gpu(mod, target, threads, records, None, trials, seed, on_trial, warn)[0]
+        return tune_gpu(mod, target, threads, records, trials, seed, on_trial, warn)[0]
     unit = _unit(target, threads, board, warn)
     claim(records, target, threads, unit)
     with closing(_Run(target, threads, records, seed, board, unit, warn)) as run:
@@ -168,32 +168,62 @@ def tune(
         return [run.summary(task) for task in tasks]
 
 
-def carry(
+def tune_gpu(
     mod: tvm.IRModule,
     target: Target,
     threads: int,
     records: Path,
-    folder: Path,
     trials: int,
     seed: int,
     on_trial: Callable[[str, int, int], None] = lambda kernel, done, total: None,
     warn: Callable[[str], None] = lambda sentence: None,
+    carried: Path | None = None,
 ) -> tuple[list[Tuned], int]:
-    """Tune a GPU's kernels where it is not: take what was measured, and write to ``folder`` what is to be measured.
+    """Tune the kernels of a GPU that is here, or elsewhere: take what was measured there, build what is to be measured.
 
     Args:
-        folder: to be carried to a machine with the GPU, where its script times the candidates, and back.
-        on_trial: called with the kernel's name, candidates measured or built so far, and in all.
+        on_trial: called with the kernel's name, candidates measured (or built, to be carried) so far, and in all.
+        carried: a folder of candidates, whose script measures them; None: measure here.
 
     Returns:
         What is known of kernels that were measured; how many candidates wait.
 
     Raises:
-        ValueError: the target is no GPU; the folder's records or candidates are another target's.
+        ValueError: the target is no GPU; the records or the candidates are another target's; the GPU failed.
     """
     if target.gpu is None:
         raise ValueError(f"target {target.name} is no GPU, and only candidates for GPUs are carried: leave --carry out")
-    return _tune_gpu(mod, target, threads, records, folder, trials, seed, on_trial, warn)
+    compiler.check_threads(target, threads)
+    claim(records, target, threads, "us")
+    known = _Known(target, threads, records, "us")
+    tasks = ms.relax_integration.extract_tasks(mod, known.tvm_target)
+    tilings = [(task, found) for task in tasks if (found := schedule_cuda.tilings(task.dispatched[0], target))]
+    totals = [min(trials, len(found)) for _, found in tilings]
+    with tempfile.TemporaryDirectory() as temporary:
+        batch = Batch(carried or Path(temporary), target)
+        for i, (task, found) in enumerate(tilings):
+            stored = known.stored(task)
+            done = itertools.count(sum(totals[:i]) + min(totals[i], len(stored)) + 1)
+
+            def progress(task: Any = task, done: Iterator[int] = done) -> None:
+                on_trial(task.task_name, next(done), sum(totals))
+
+            default = compiler.default_schedule(task.dispatched[0], target, threads)
+            wanted = _wanted(stored, default, found, trials, seed)
+            functions = [sch.mod["main"] for sch in wanted]
+            digests = batch.add(task.task_name, default.mod["main"], functions, progress if carried else lambda: None)
+            try:
+                if carried is None:
+                    batch.write()
+                    batch.run(progress)
+            finally:
+                results = batch.results()
+                for sch, digest in zip(wanted, digests, strict=True):
+                    if digest in results:
+                        _take(known, task, sch, results[digest], warn)
+            on_trial(task.task_name, sum(totals[: i + 1]), sum(totals))
+        batch.write()
+        return [known.summary(task) for task, _ in tilings if known.stored(task)], batch.waiting
 
 
 def keep_best(measured: Path, kept: Path, target: Target) -> int:
@@ -215,64 +245,20 @@ def keep_best(measured: Path, kept: Path, target: Target) -> int:
 def _check_gpu(target: Target, board: tuple[str, str] | None) -> None:
     """Refuse to measure what is not this machine's GPU."""
     assert target.gpu is not None
-    advice = f"give --carry FOLDER, and run FOLDER/{SCRIPT} there: it needs the driver and NumPy only"
+    advice = f"give --carry FOLDER, whose {SCRIPT} needs no more than the driver and NumPy there"
     if board is not None:
-        raise ValueError(f"target {target.name}: kernels for GPUs are not measured over RPC; {advice}")
+        raise ValueError(f"target {target.name}: kernels for GPUs are not measured over RPC: {advice}")
     found = targets.capability()
     if found is None or target.gpu.arch != "sm_{}{}".format(*found):
         here = "no NVIDIA GPU" if found is None else "one of compute capability {}.{}".format(*found)
-        raise ValueError(f"target {target.name} needs its own GPU to be measured, and this machine has {here}; {advice}")
-
-
-def _tune_gpu(
-    mod: tvm.IRModule,
-    target: Target,
-    threads: int,
-    records: Path,
-    carried: Path | None,
-    trials: int,
-    seed: int,
-    on_trial: Callable[[str, int, int], None],
-    warn: Callable[[str], None],
-) -> tuple[list[Tuned], int]:
-    """As `carry`, or without a folder as `tune`."""
-    compiler.check_threads(target, threads)
-    claim(records, target, threads, "us")
-    known = _Known(target, threads, records, "us")
-    tasks = ms.relax_integration.extract_tasks(mod, known.tvm_target)
-    tilings = [(task, found) for task in tasks if (found := schedule_cuda.tilings(task.dispatched[0], target))]
-    totals = [min(trials, len(found)) for _, found in tilings]
-    with tempfile.TemporaryDirectory() as temporary:
-        batch = Batch(carried or Path(temporary) / "batch", target)
-        for i, (task, found) in enumerate(tilings):
-            done = itertools.count(sum(totals[:i]) + min(totals[i], len(known.stored(task))) + 1)
-
-            def progress(task: Any = task, done: Iterator[int] = done) -> None:
-                on_trial(task.task_name, next(done), sum(totals))
-
-            default = compiler.default_schedule(task.dispatched[0], target, threads)
-            wanted = _wanted(known.stored(task), default, found, trials, seed)
-            functions = [sch.mod["main"] for sch in wanted]
-            digests = batch.add(task.task_name, default.mod["main"], functions, progress if carried else lambda: None)
-            try:
-                if carried is None:
-                    batch.write()
-                    batch.run(progress)
-            finally:
-                results = batch.results()
-                for sch, digest in zip(wanted, digests, strict=True):
-                    if digest in results:
-                        _take(known, task, sch, results[digest], warn)
-            on_trial(task.task_name, sum(totals[: i + 1]), sum(totals))
-        batch.write()
-        return [known.summary(task) for task, _ in tilings if known.stored(task)], batch.waiting
+        raise ValueError(f"target {target.name} is measured on its own GPU, and this machine has {here}: {advice}")
 
 
 def _wanted(stored: list[Any], default: Any, tilings: list[Any], trials: int, seed: int) -> list[Any]:
     """The schedules to measure until there are ``trials`` records: the default one first, then tiles by chance."""
     drawn = {schedule_cuda.drawn_tile(record.trace) for record in stored}
-    new = [sch for sch in tilings[1:] if schedule_cuda.drawn_tile(sch.trace) not in drawn]
-    random.Random(seed).shuffle(new)
+    order = random.Random(seed).sample(tilings[1:], len(tilings) - 1)  # the same, however many are stored
+    new = [sch for sch in order if schedule_cuda.drawn_tile(sch.trace) not in drawn]
     return [*([] if stored else [default]), *new][: max(0, trials - len(stored))]
 
 

@@ -1,11 +1,12 @@
 """The tuning records that crossbit ships: what beats the default schedules of five networks, in counted cycles.
 
     .venv/bin/python scripts/make_records.py [--core NAME] [--trials N] [--work DIR]
+    .venv/bin/python scripts/make_records.py --core cuda-sm90 --trials 64 [--carry DIR]
 
 To be run after a change of what kernels compute, as tests/test_counted_runner.py will say. Random weights, one thread,
 one image. All that is measured stays in the work folder, so a stopped run goes on where it was. At the end of every
 network, what beats the default by more than 2 % goes to pipeline/records. No core is timed: it is the model of
-`pipeline/cycle_model.py`.
+`pipeline/cycle_model.py`. GPUs are: here, or with --carry where its folders, one a network, are carried to.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main(
     core: Annotated[list[str] | None, typer.Option(help="A core; again for more. Without: all.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Candidates per kernel, those in the work folder included.")] = 32,
     work: Annotated[Path, typer.Option(help="Where all that is measured is kept.")] = Path("records"),
+    carry: Annotated[Path | None, typer.Option(help="Where candidates for a GPU go that is elsewhere.")] = None,
 ) -> None:
     """Search, and keep the best."""
     import targets
@@ -56,11 +58,20 @@ def main(
         for network, target in product(NETWORKS, map(targets.load, core or CORES)):
             start, lowered = time.monotonic(), compiler.lower(importer.load(files[network], 1, target))
             measured, shipped = (tune.records_folder(root, target, 1) for root in (work, tune.SHIPPED))
-            tuned = tune.tune(lowered, target, 1, measured, trials, seed=0, warn=console.print)
+            if carry is None:
+                tuned = tune.tune(lowered, target, 1, measured, trials, seed=0, warn=console.print)
+            else:
+                batch = carry / f"{target.name}-{network}"
+                tuned, waiting = tune.tune_gpu(
+                    lowered, target, 1, measured, trials, seed=0, warn=console.print, carried=batch
+                )
+                if waiting:
+                    console.print(f"{waiting} candidates wait for {batch}/run.py on a machine with the GPU")
+                    continue
             kept = tune.keep_best(measured, shipped, target)
             default, best = sum(kernel.default for kernel in tuned), sum(kernel.best for kernel in tuned)
             console.print(
-                f"{target.name} {network}: {default:,.0f} -> {best:,.0f} model cycles, each kernel once; "
+                f"{target.name} {network}: {default:,.0f} -> {best:,.0f} {tuned[0].unit}, each kernel once; "
                 f"{time.monotonic() - start:.0f} s; {kept} records shipped"
             )
 

@@ -57,7 +57,9 @@ class Carried:
         self.said: list[str] = []
 
     def again(self, trials: int = TRIALS) -> tuple[list[tune.Tuned], int]:
-        return tune.carry(self.mod, self.target, 1, self.records, self.batch, trials, 0, warn=self.said.append)
+        return tune.tune_gpu(
+            self.mod, self.target, 1, self.records, trials, 0, warn=self.said.append, carried=self.batch
+        )
 
     @property
     def kernels(self) -> list[dict[str, Any]]:
@@ -207,9 +209,10 @@ def test_every_tile_is_a_candidate_once(model: Path) -> None:
     assert len(set(numbers)) == len(numbers) > 10
     tvm.ir.assert_structural_equal(default.mod, tilings[0].mod)
     wanted = tune._wanted([], default, tilings, len(tilings) + 10, seed=0)
-    assert wanted[0] is default and {sch for sch in wanted[1:]} == {*tilings[1:]}
+    assert wanted[0] is default and set(wanted[1:]) == set(tilings[1:])
     few = tune._wanted([], default, tilings, 5, seed=0)
     assert few == wanted[:5] and tune._wanted([], default, tilings, 5, seed=1)[1:] != few[1:]
+    assert tune._wanted(wanted[:3], default, tilings, 5, seed=0) == wanted[3:5]  # of records, it reads the traces
 
 
 def test_a_batch_is_machine_code_of_the_target(model: Path, tmp_path: Path) -> None:
@@ -232,9 +235,9 @@ def test_a_batch_is_machine_code_of_the_target(model: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "capability", "sentence"),
     [
-        ([], None, "cuda-sm80 needs its own GPU to be measured, and this machine has no NVIDIA GPU; give --carry FOLDER"),
-        ([], (8, 6), "and this machine has one of compute capability 8.6; give --carry FOLDER"),
-        (["--rpc", "127.0.0.1:1", "--key", "a"], (8, 0), "are not measured over RPC; give --carry FOLDER"),
+        ([], None, "is measured on its own GPU, and this machine has no NVIDIA GPU: give --carry FOLDER"),
+        ([], (8, 6), "and this machine has one of compute capability 8.6: give --carry FOLDER"),
+        (["--rpc", "127.0.0.1:1", "--key", "a"], (8, 0), "are not measured over RPC: give --carry FOLDER"),
         (["--threads", "2"], (8, 0), "target cuda-sm80 is a GPU, which has no use for 2 threads"),
         (["--carry", "batch", "--target", "host"], None, "is no GPU, and only candidates for GPUs are carried"),
         (["--carry", "batch", "--rpc", "127.0.0.1:1", "--key", "a"], None, "give one of them"),
@@ -280,5 +283,5 @@ def test_the_script_refuses_another_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, **cuda_machine.driver(tmp_path)}
     command = [sys.executable, tmp_path / "run.py"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    sentence = "error: these candidates are for sm_90, and this machine's GPU, emulated, is sm_86\n"
+    sentence = "error: these candidates are for sm_90, and this GPU, emulated, is sm_86\n"
     assert (done.returncode, done.stderr) == (2, sentence)
