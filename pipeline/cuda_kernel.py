@@ -50,7 +50,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one scheduled function became: launches in this order. No schedule stores a tensor between two of them."""
+    """What one scheduled function became: launches in this order. No schedule keeps a tensor between two of them, so
+    there are no temporaries."""
 
     launches: tuple[Launch, ...]
     tensors: int

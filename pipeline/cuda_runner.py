@@ -3,13 +3,14 @@
     python run.py     # in a folder with manifest.json and *.cubin; needs NVIDIA's driver and NumPy, and no crossbit
 
 Every candidate's output is compared with that of its kernel's default schedule, then it is timed by the GPU's events,
-in graphs of launches. Results are lines of results.jsonl, written as they come: an interrupted run goes on where it was.
+in graphs of launches. Results are lines of results.jsonl, written as they come; an interrupted run goes on from them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import time
@@ -149,9 +150,9 @@ class _Kernel:
 
     def __init__(self, driver: Driver, folder: Path, kernel: dict[str, Any]) -> None:
         rng = np.random.default_rng(0)
-        *inputs, self.output = kernel["tensors"]
+        *inputs, output = kernel["tensors"]
         self.driver, self.folder = driver, folder
-        size = int(np.prod(self.output[1])) * np.dtype(self.output[0]).itemsize
+        size = int(np.prod(output[1])) * np.dtype(output[0]).itemsize
         self.nothing = np.full(size, 0xA5, np.uint8)
         self.memory = [driver.upload(_drawn(rng, *tensor)) for tensor in inputs] + [driver.allocate(size)]
         self.default = self._call(kernel["default"])
@@ -229,7 +230,7 @@ def _measure(folder: Path) -> None:
                 store(folder, candidate["digest"], error=str(error))
                 print(f"{each['name']}: failed: {error}", flush=True)
                 if isinstance(error, RuntimeError):
-                    sys.exit(_FAILED)
+                    os._exit(_FAILED)  # the driver's farewell may wait for a kernel that never ends
                 continue
             store(folder, candidate["digest"], seconds=seconds, gpu=driver.name)
             print(f"{each['name']}: {float(np.mean(seconds)) * 1e6:.2f} us", flush=True)

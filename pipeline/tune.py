@@ -213,7 +213,7 @@ def tune_gpu(
             functions = [sch.mod["main"] for sch in wanted]
             digests = batch.add(task.task_name, default.mod["main"], functions, progress if carried else lambda: None)
             try:
-                if carried is None:
+                if carried is None and wanted:
                     batch.write()
                     batch.run(progress)
             finally:
@@ -269,10 +269,10 @@ def _take(known: _Known, task: Any, sch: Any, result: dict[str, Any], warn: Call
             warn(f"a candidate for {task.task_name} failed: {error}")
         else:
             raise ValueError(f"the default schedule of {task.task_name} failed: {error}")
-    identity = _identity(known.records)
+    identity = _identity(known.records)  # says which GPUs measured
     identity["gpus"] = sorted({*identity.get("gpus", []), *filter(None, [result.get("gpu")])})
     (known.records / _IDENTITY).write_text(json.dumps(identity) + "\n")
-    known.commit(task, sch, result.get("seconds"))
+    known.commit(task, sch, _plausible(result["seconds"]) if "seconds" in result else None)
 
 
 def _unit(target: Target, threads: int, board: tuple[str, str] | None, warn: Callable[[str], None]) -> Unit:
@@ -526,7 +526,10 @@ def _times(session: Any, library: Any, device: Any, evaluator: Any, arguments: A
     """As MetaSchedule's own, which believes every number."""
     from tvm.s_tir.meta_schedule.runner.utils import run_evaluator_common
 
-    seconds = run_evaluator_common(library, device, evaluator, arguments)
+    return _plausible(run_evaluator_common(library, device, evaluator, arguments))
+
+
+def _plausible(seconds: list[float]) -> list[float]:
     if not all(0 < s < _SECONDS and math.isfinite(s) for s in seconds):
         raise ValueError(f"it says that a call took {seconds} seconds")
     return seconds

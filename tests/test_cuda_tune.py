@@ -229,6 +229,13 @@ def test_a_batch_is_machine_code_of_the_target(model: Path, tmp_path: Path) -> N
     assert len(list(batch.folder.glob("*.cubin"))) == batch.waiting == 2
 
 
+def test_times_that_cannot_be_are_refused() -> None:
+    for seconds in ([1e-6, 0.0], [float("nan")], [-1e-6], [61.0]):
+        with pytest.raises(ValueError, match="it says that a call took"):
+            tune._plausible(seconds)
+    assert tune._plausible([1e-6, 2e-6]) == [1e-6, 2e-6]
+
+
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
