@@ -67,6 +67,8 @@ def finish(function: Any, target: Target) -> Any:
     """A scheduled function as it is built: what no schedule can say is done here."""
     if target.gpu is not None:
         return schedule_cuda.written(function, target)
+    if target.sign_bits:
+        return bitpack.with_masks(function, target.sign_bits)
     return bitpack.with_shifts(function, target.shift_insert) if target.shift_insert else function
 
 

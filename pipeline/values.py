@@ -135,8 +135,9 @@ class Sum:
     def words(self, steps: Sequence[Step]) -> relax.Expr:
         if self.emitter.target.gpu is not None:
             return self._words_by_gemm(steps)
-        flip, edge, most = bitserial_conv2d.bit_threshold(self.weights, self.product, steps)
-        weight, unpack = self._weight(flip, most.shape[-1])
+        flip, edge, bounds = bitserial_conv2d.bit_threshold(self.weights, self.product, steps)
+        weight, unpack = self._weight(flip, bounds.shape[-1])
+        most = bitserial_conv2d.octet_thresholds(bounds, self.product) if weight[0].dtype == np.uint8 else bounds
 
         def compute(x: Any, *tensors: Any) -> Any:
             stored, rest = tensors[: len(weight)], tensors[len(weight) :]
@@ -215,9 +216,10 @@ class Sum:
         words = bitserial_conv2d.pack_weight(self.weights * flip.reshape(-1, 1, 1, 1), self.code)
         words = np.pad(words, [*[(0, 0)] * 4, (0, filters - len(flip))])
         counter = self.emitter.target.byte_counter
-        if counter is None or filters % counter.octets:
+        fits = bitserial_conv2d.fits_octets(self.product, self.weights[0].size)
+        if counter is None or filters % counter.octets or not fits:
             return [words], lambda weight: weight
-        return [bitserial_conv2d.octets(words, counter.octets)], lambda weight: weight
+        return [bitserial_conv2d.octets(words, counter.octets, self.product.planes)], lambda weight: weight
 
     def _words(self) -> relax.Expr:
         return self.codes.words()

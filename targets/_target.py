@@ -20,6 +20,7 @@ class ByteCounter:
         lanes: 32-bit lanes of its vectors.
         ternary_logic: LLVM's intrinsic of any function of three words, or '' where there is none.
         pair_sum, quad_sum: LLVM's intrinsics that sum products of neighbouring bytes, then of 16-bit words.
+        look_up: LLVM's intrinsic that takes bytes out of a table of 16, one table for each 128 bits.
     """
 
     name: str
@@ -27,6 +28,7 @@ class ByteCounter:
     ternary_logic: str
     pair_sum: str
     quad_sum: str
+    look_up: str
 
     @property
     def octets(self) -> int:
@@ -131,6 +133,7 @@ class Target:
         byte_counter: what to count with instead, if a vector popcount is slow.
         byte_popcount: what to add counts with, if a vector popcount counts bytes.
         shift_insert: what to gather comparisons with, if no instruction makes a word of them.
+        sign_bits: LLVM's intrinsic that makes a word of the signs of 32 bytes, if there is one.
         gpu: where the kernels run, if not on the CPU that the other fields describe.
     """
 
@@ -153,6 +156,7 @@ class Target:
     byte_counter: ByteCounter | None = None
     byte_popcount: BytePopcount | None = None
     shift_insert: ShiftInsert | None = None
+    sign_bits: str = ""
     gpu: Gpu | None = None
 
     def __post_init__(self) -> None:
@@ -170,7 +174,7 @@ class Target:
 
     def without_intrinsics(self) -> Target:
         """The target without instructions that only LLVM can name: for C source, or where a GPU does the work."""
-        return replace(self, byte_counter=None, byte_popcount=None, shift_insert=None)
+        return replace(self, byte_counter=None, byte_popcount=None, shift_insert=None, sign_bits="")
 
     def with_gpu(self, gpu: Gpu) -> Target:
         """The target of a GPU beside this CPU, named after its architecture."""

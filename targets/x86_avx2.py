@@ -16,11 +16,13 @@ TARGET = Target(
     cflags=("-march=x86-64-v3",),
     gnu_triple="x86_64-linux-gnu",
     zig_triple="x86_64-linux-gnu",
+    sign_bits="llvm.x86.avx2.pmovmskb",
     byte_counter=ByteCounter(
         name="avx2",
         lanes=8,
         ternary_logic="",
         pair_sum="llvm.x86.avx2.pmadd.ub.sw",
         quad_sum="llvm.x86.avx2.pmadd.wd",
+        look_up="llvm.x86.avx2.pshuf.b",
     ),
 )

@@ -19,4 +19,5 @@ TARGET = Target(
     cflags=("-march=x86-64-v4", "-mavx512vpopcntdq", "-mavx512vnni", "-mavx512bitalg", "-mprefer-vector-width=512"),
     gnu_triple="x86_64-linux-gnu",
     zig_triple="x86_64-linux-gnu",
+    sign_bits="llvm.x86.avx2.pmovmskb",
 )

@@ -16,11 +16,13 @@ TARGET = Target(
     cflags=("-march=skylake-avx512", "-mprefer-vector-width=512"),
     gnu_triple="x86_64-linux-gnu",
     zig_triple="x86_64-linux-gnu",
+    sign_bits="llvm.x86.avx2.pmovmskb",
     byte_counter=ByteCounter(
         name="avx512bw",
         lanes=16,
         ternary_logic="llvm.x86.avx512.pternlog.d.512",
         pair_sum="llvm.x86.avx512.pmaddubs.w.512",
         quad_sum="llvm.x86.avx512.pmaddw.d.512",
+        look_up="llvm.x86.avx512.pshuf.b.512",
     ),
 )

@@ -18,6 +18,7 @@ from tvm import te, tirx
 from tvm.s_tir import Schedule
 
 import targets
+from pipeline import compiler
 from pipeline.compiler import default_schedule
 from tvm_ops import schedule_cpu
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, encode, odd, pack, unsigned
@@ -72,9 +73,7 @@ def lower(compute: Callable[..., Any], arrays: list[np.ndarray]) -> tuple[tvm.IR
 
 def build(mod: tvm.IRModule, target: targets.Target, scheduled: bool = True, threads: int = 1) -> Any:
     mod = default_schedule(mod, target, threads).mod if scheduled else mod
-    if target.shift_insert is not None:
-        mod = tvm.IRModule({"main": bitpack.with_shifts(mod["main"], target.shift_insert)})
-    return tirx.build(mod, target=target.tvm_target(threads))
+    return tirx.build(tvm.IRModule({"main": compiler.finish(mod["main"], target)}), target=target.tvm_target(threads))
 
 
 def run(
@@ -173,24 +172,26 @@ def check_convolution(
         rest = [counted]
     if to == "floats":
         edge = bitserial_conv2d.border(weight, product)
-        for weights in forms(bitserial_conv2d.pack_weight(weight, product.w), target):
+        for weights in forms(bitserial_conv2d.pack_weight(weight, product.w), product, target):
             arrays = [packed, weights, *rest, *bitserial_conv2d.float_constants(edge, steps)]
             result = run(lambda *t: bitserial_conv2d.compute_float(product, edge, steps, *t), arrays, **options)
             np.testing.assert_array_equal(result, expected)
     else:
         in_words, edge, most = bit_weight(weight, product, steps)
-        for weights in forms(in_words, target):
-            arrays = [packed, weights, *rest, most]
+        for weights in forms(in_words, product, target):
+            bounds = bitserial_conv2d.octet_thresholds(most, product) if weights.dtype == np.uint8 else most
+            arrays = [packed, weights, *rest, bounds]
             result = run(lambda *t: bitserial_conv2d.compute_bits(product, edge, *t), arrays, **options)
             np.testing.assert_array_equal(result[..., 0, :], pack(expected >= 0))
 
 
-def forms(words: np.ndarray, target: targets.Target) -> list[np.ndarray]:
+def forms(words: np.ndarray, product: Product, target: targets.Target) -> list[np.ndarray]:
     """Weights as words, and as bytes where the target takes those for so many filters."""
-    counter = target.byte_counter
-    if counter is None or words.shape[-1] % counter.octets:
+    counter, (kh, kw, _, depth, filters) = target.byte_counter, words.shape
+    fits = bitserial_conv2d.fits_octets(product, kh * kw * depth * 32)
+    if counter is None or filters % counter.octets or not fits:
         return [words]
-    return [words, bitserial_conv2d.octets(words, counter.octets)]
+    return [words, bitserial_conv2d.octets(words, counter.octets, product.planes)]
 
 
 @CONVOLUTIONS
@@ -234,10 +235,28 @@ def test_convolution_in_bytes(
     filters = 64 * int(rng.integers(1, 4))
     product = Product(geometry, a, w)
     x, weight = drawn(rng, a, batch, *geometry.image, channels), drawn(rng, w, filters, channels, *geometry.kernel)
-    assert len(forms(bitserial_conv2d.pack_weight(weight, w), host)) == 2
+    assert len(forms(bitserial_conv2d.pack_weight(weight, w), product, host)) == 2
     steps = transform(rng, filters, 20.0 * a.largest * w.largest)
     threads = 1 + int(rng.integers(2))
     check_convolution(x, weight, product, steps, str(rng.choice(["floats", "bits"])), scheduled=True, threads=threads)
+
+
+def test_sums_of_bytes_that_16_bits_just_hold(rng: np.random.Generator) -> None:
+    """A dense layer of 2^15 - 32 channels that all differ; with a word more, its weights are no bytes."""
+    counter = targets.host().byte_counter
+    if counter is None:
+        pytest.skip(f"{targets.host().name} takes no weights in bytes")
+    channels, filters = (1 << 15) - 32, counter.octets
+    weight = signs(rng, filters, channels, 1, 1)
+    x = (-weight[0, :, 0, 0]).reshape(1, 1, 1, channels)
+    product = Product(Geometry((1, 1), (1, 1)))
+    for steps, to in (
+        ([], "floats"),
+        ([Step("add", np.float32(channels - 0.5) * np.ones(filters, np.float32))], "bits"),
+    ):
+        check_convolution(x, weight, product, steps, to, scheduled=True)
+    assert bitserial_conv2d.fits_octets(product, channels)
+    assert not bitserial_conv2d.fits_octets(product, channels + 32)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,8 +8,14 @@ words, whose bytes are counted, weighted 1, 2, 4, ... and summed across each 32-
 
 Bytes hold the sum of up to 31 words. Weights in words give a vector a filter for every 32 bits, and counts are summed
 across those; weights in bytes (`bitserial_conv2d.octets`) give it four times the filters, so that a window has four
-times the vectors and the table look-ups are shared by four times as many. It is a tensor intrinsic: `describe` is what
-the plain operator does to one pixel and one vector of filters, and the network is how.
+times the vectors, the table look-ups are shared by four times as many, and counts are left as they are, in 16 bits.
+
+Of three words d = x ^ w, a full adder makes the sum a ^ b ^ c and a carry. The sum is (x_a ^ x_b ^ x_c) ^ (w_a ^ w_b
+^ w_c), one operation if both sides are stored (`bitserial_conv2d.with_sum`), and the carry follows from it and two of
+the words: a word and an operation less for every four bytes of channels.
+
+It is a tensor intrinsic: `describe` is what the plain operator does to one pixel and one vector of filters, and the
+network is how.
 """
 
 from __future__ import annotations
@@ -19,10 +25,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from targets import ByteCounter
-from tvm_ops.ops.bitserial_conv2d import Planes
+from tvm_ops.ops.bitserial_conv2d import Planes, counted_octets, octet
 
 MOST_WORDS = 255 // 8
-MOST_OCTETS = 104  # beyond it the code is long and the gain small
+MOST_OCTET_WORDS = 36  # beyond it the code is long and the gain small
 _MOST_NETWORKS = 16  # beyond that many pairs of planes the code no longer fits the instruction cache
 
 
@@ -90,15 +96,16 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
     dy, dx = window.dilations
     height, width = (kh - 1) * dy + 1, (kw - 1) * dx + 1
     px, pw = window.planes.stored
-    levels = (kh * kw * words).bit_length()
+    levels = (kh * kw * words * (4 if window.octets else 1)).bit_length()
+    depth, sum_type = (4 * words, "int16") if window.octets else (words, "int32")
 
     @T.prim_func(s_tir=True)
     def describe(x: T.handle, w: T.handle, sums: T.handle) -> None:
-        pixel = T.match_buffer(x, (height, width, px, words), "uint32", offset_factor=1)
-        filters = T.match_buffer(w, (kh, kw, pw, words, lanes), window.word, offset_factor=1)
-        out = T.match_buffer(sums, (lanes,), "int32", offset_factor=1)
+        pixel = T.match_buffer(x, (height, width, px, depth), "uint32", offset_factor=1)
+        filters = T.match_buffer(w, (kh, kw, pw, depth, lanes), window.word, offset_factor=1)
+        out = T.match_buffer(sums, (lanes,), sum_type, offset_factor=1)
         with T.sblock("root"):
-            T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:words], filters[0:kh, 0:kw, 0:pw, 0:words, 0:lanes])
+            T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:depth], filters[0:kh, 0:kw, 0:pw, 0:depth, 0:lanes])
             T.writes(out[0:lanes])
             for i, j, k, o in T.grid(kh, kw, words, lanes):
                 with T.sblock("update"):
@@ -113,13 +120,13 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
         wx = T.int32()
         wp = T.int32()
         wk = T.int32()
-        pixel = T.match_buffer(x, (height, width, px, words), "uint32", offset_factor=1, strides=[xy, xx, xp, 1])
+        pixel = T.match_buffer(x, (height, width, px, depth), "uint32", offset_factor=1, strides=[xy, xx, xp, 1])
         filters = T.match_buffer(
-            w, (kh, kw, pw, words, lanes), window.word, offset_factor=1, strides=[wy, wx, wp, wk, 1]
+            w, (kh, kw, pw, depth, lanes), window.word, offset_factor=1, strides=[wy, wx, wp, wk, 1]
         )
-        out = T.match_buffer(sums, (lanes,), "int32", offset_factor=1)
+        out = T.match_buffer(sums, (lanes,), sum_type, offset_factor=1)
         with T.sblock("root"):
-            T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:words], filters[0:kh, 0:kw, 0:pw, 0:words, 0:lanes])
+            T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:depth], filters[0:kh, 0:kw, 0:pw, 0:depth, 0:lanes])
             T.writes(out[0:lanes])
             bits = T.alloc_buffer((levels, 3, counter.lanes), "uint32", scope="local")
             _count(counter, window, pixel, filters, out, bits)
@@ -137,9 +144,14 @@ def _update(window: Window, lanes: int, x: Any, w: Any, sums: Any, loops: tuple[
     extents = (window.height, window.width, window.words)
     i, j, k = (axis.reduce(extent, loop) if extent > 1 else 0 for extent, loop in zip(extents, reduced, strict=True))
     dy, dx = window.dilations
-    ones = window.planes.count(
-        lambda plane: x[i * dy, j * dx, plane, k].astype(window.word), lambda plane: w[i, j, plane, k, o]
-    )
+    if window.octets:
+        ones = counted_octets(
+            window.planes,
+            lambda plane, byte: x[i * dy, j * dx, plane, 4 * k + byte].astype("uint8"),
+            lambda plane, byte: w[i, j, plane, 4 * k + byte, octet(o, lanes)],
+        )
+    else:
+        ones = window.planes.count(lambda plane: x[i * dy, j * dx, plane, k], lambda plane: w[i, j, plane, k, o])
     buffer_store(sums, sums[o] + ones, [o])
 
 
@@ -160,24 +172,25 @@ def _count(counter: ByteCounter, window: Window, x: Any, w: Any, sums: Any, bits
             lambda plane, i=i, j=j, k=k: tirx.Broadcast(x[i * dy, j * dx, plane, k], counter.lanes),  # type: ignore[misc]
             lambda plane, i=i, j=j, k=k: weights(i, j, plane, k),  # type: ignore[misc]
         )
-        for k in range(window.words)
+        for k in range(int(x.shape[-1]))
         for i in range(window.height)
         for j in range(window.width)
     ]
     totals: dict[int, Any] = {}
     for terms in zip(*taps, strict=True):
         (factor, _), *_ = terms
-        levels = _levels(counter, [found for _, found in terms], bits)
-        for first, ones in (_widened if window.octets else _summed)(counter, levels):
-            ones = ones if factor == 1 else ones * tirx.Broadcast(tirx.const(factor, "int32"), counter.lanes)
+        levels = _levels(counter, window, [found for _, found in terms], bits)
+        for first, ones in (_interleaved if window.octets else _summed)(counter, levels):
+            dtype, lanes = str(sums.dtype), (2 if window.octets else 1) * counter.lanes
+            ones = ones if factor == 1 else ones * tirx.Broadcast(tirx.const(factor, dtype), lanes)
             totals[first] = totals[first] + ones if first in totals else ones
     for first, ones in totals.items():
-        at = [tirx.Ramp(first, 1, counter.lanes)]
+        at = [tirx.Ramp(first, 1, lanes)]
         buffer_store(sums, sums[*at] + ones, at)
 
 
-def _levels(counter: ByteCounter, words: list[Any], bits: Any) -> list[Any]:
-    """Words whose ones, doubled from each to the next, are as many as those of ``words``.
+def _levels(counter: ByteCounter, window: Window, words: list[Any], bits: Any) -> list[Any]:
+    """Words whose ones, doubled from each to the next, are as many as those of a window.
 
     A word goes in as soon as it is made, and a carry as soon as three meet, so that few wait in registers. They wait
     in ``bits``, which LLVM takes apart again: TVM's analysis of a long chain of bound variables takes exponential time.
@@ -199,12 +212,23 @@ def _levels(counter: ByteCounter, words: list[Any], bits: Any) -> list[Any]:
         buffer_store(bits, word, place(level, waiting[level]))
         waiting[level] += 1
         if waiting[level] == 3:
-            total, carry = _full_adder(counter, *take(level))
+            a, b, c = take(level)
+            total = bind(_sum(counter, a, b, c))
             add(total, level)
-            add(carry, level + 1)
+            add(bind(_carry(counter, b, c, total)), level + 1)
 
-    for word in words:
-        add(word, 0)
+    taps = window.height * window.width
+    if window.octets and window.planes.summable:
+        for first in range(0, len(words), 4 * taps):
+            of_bytes = (words[first + taps * byte : first + taps * (byte + 1)] for byte in range(4))
+            for a, b, total, d in zip(*of_bytes, strict=True):
+                a, b, total = bind(a), bind(b), bind(total)
+                add(bind(_carry(counter, a, b, total)), 1)
+                add(total, 0)
+                add(d, 0)
+    else:
+        for word in words:
+            add(word, 0)
     for level, left in enumerate(waiting):  # which grows while it is read
         if left == 2:
             a, b = take(level)
@@ -213,32 +237,46 @@ def _levels(counter: ByteCounter, words: list[Any], bits: Any) -> list[Any]:
     return [bits[*place(level, 0)] for level, left in enumerate(waiting) if left]
 
 
-def _full_adder(counter: ByteCounter, a: Any, b: Any, c: Any) -> tuple[Any, Any]:
-    """The sums of three words' bits, and the carries."""
+def _logic(counter: ByteCounter, a: Any, b: Any, c: Any, table: int) -> Any:
     from tvm import tirx
-    from tvm.script.ir_builder.tirx import bind
 
-    def logic(a: Any, b: Any, c: Any, table: int) -> Any:
-        bits = tirx.const(table, "int32")
-        return tirx.call_llvm_pure_intrin(f"uint32x{counter.lanes}", counter.ternary_logic, a, b, c, bits)
+    bits = tirx.const(table, "int32")
+    return tirx.call_llvm_pure_intrin(f"uint32x{counter.lanes}", counter.ternary_logic, a, b, c, bits)
 
+
+def _sum(counter: ByteCounter, a: Any, b: Any, c: Any) -> Any:
+    """The sums of three words' bits."""
+    return _logic(counter, a, b, c, 0x96) if counter.ternary_logic else b ^ c ^ a  # as `_carry` has it of b and c
+
+
+def _carry(counter: ByteCounter, a: Any, b: Any, total: Any) -> Any:
+    """The carries of three words' bits, of two and the sums: a where a = b, else not the sum.
+
+    The third is not needed: its register may have taken the sum, and it need never have been.
+    """
     if counter.ternary_logic:
-        total = bind(logic(a, b, c, 0x96))  # a ^ b ^ c
-        # The majority is b where b = c, else not the total: a, whose register the total has taken, is not needed.
-        return total, bind(logic(b, c, total, 0xD4))
-    either = bind(a ^ b)
-    return bind(either ^ c), bind((a & b) | (c & either))
+        return _logic(counter, a, b, total, 0xD4)
+    return (a & b) | ((a ^ b) & ~total)
 
 
 def _in_bytes(counter: ByteCounter, levels: list[Any]) -> Any:
-    """The ones of at most five levels, byte by byte."""
+    """The ones of at most five levels, byte by byte: nibbles look them up, in a table for each level."""
     from tvm import tirx
+    from tvm.script.ir_builder.tirx import bind
 
+    octets = f"uint8x{counter.octets}"
+    nibble = tirx.Broadcast(tirx.const(0x0F0F0F0F, "uint32"), counter.lanes)
+    four = tirx.Broadcast(tirx.const(4, "uint32"), counter.lanes)
+    numbers = tirx.Ramp(tirx.const(0, "uint8"), tirx.const(1, "uint8"), counter.octets)
     total = None
-    for bits in reversed(levels):
-        ones = tirx.popcount(tirx.reinterpret(f"uint8x{counter.octets}", bits))
-        total = ones if total is None else total + total + ones
-    return total
+    for level, bits in enumerate(levels):
+        fifteen, weight = (tirx.Broadcast(tirx.const(n, "uint8"), counter.octets) for n in (15, 1 << level))
+        table = tirx.popcount(numbers & fifteen) * weight
+        for half in (bits, bits >> four):
+            index = tirx.reinterpret(octets, half & nibble)
+            ones = tirx.call_llvm_pure_intrin(octets, counter.look_up, table, index)
+            total = ones if total is None else total + ones
+    return bind(total)
 
 
 def _summed(counter: ByteCounter, levels: list[Any]) -> list[tuple[int, Any]]:
@@ -248,21 +286,27 @@ def _summed(counter: ByteCounter, levels: list[Any]) -> list[tuple[int, Any]]:
     return [(0, bind(counter.sum_bytes(_in_bytes(counter, levels))))]
 
 
-def _widened(counter: ByteCounter, levels: list[Any]) -> list[tuple[int, Any]]:
-    """The ones of levels, a byte a filter."""
+def _interleaved(counter: ByteCounter, levels: list[Any]) -> list[tuple[int, Any]]:
+    """The ones of at most ten levels, a byte a filter: the halves of each 128 bits make two vectors of 16-bit sums."""
     from tvm import tirx
     from tvm.script.ir_builder.tirx import bind
 
-    parts = [bind(_in_bytes(counter, levels[first : first + 5])) for first in range(0, len(levels), 5)]
-
-    def lanes(part: Any, first: int) -> Any:
-        chosen = tirx.Shuffle([part], [tirx.const(first + lane, "int32") for lane in range(counter.lanes)])
-        return tirx.Cast(f"int32x{counter.lanes}", chosen)
-
+    octets, lanes = counter.octets, 2 * counter.lanes
+    low, high = _in_bytes(counter, levels[:5]), _in_bytes(counter, levels[5:]) if levels[5:] else None
+    zeros = tirx.Broadcast(tirx.const(0, "uint8"), octets)
     found = []
-    for first in range(0, counter.octets, counter.lanes):
-        total = lanes(parts[-1], first)
-        for part in reversed(parts[:-1]):
-            total = total * tirx.Broadcast(tirx.const(32, "int32"), counter.lanes) + lanes(part, first)
-        found.append((first, bind(total)))
+    for half in (0, 8):
+        pairs = [
+            tirx.const(first + half + i + octets * which, "int32")
+            for first in range(0, octets, 16)
+            for i in range(8)
+            for which in (0, 1)
+        ]
+        both = tirx.Shuffle([low, zeros if high is None else high], pairs)
+        if high is None:
+            ones = tirx.reinterpret(f"int16x{lanes}", both)
+        else:  # of at least 32 words each
+            weights = tirx.reinterpret(f"int8x{octets}", tirx.Broadcast(tirx.const(1 + (32 << 8), "int16"), lanes))
+            ones = tirx.call_llvm_pure_intrin(f"int16x{lanes}", counter.pair_sum, both, weights)
+        found.append((half * octets // 16, bind(ones)))
     return found

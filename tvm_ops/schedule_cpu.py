@@ -238,7 +238,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
 
     spatial, reduction = _own_loops(sch, main)
     _share(sch, shared, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
-    most = adder_network.MOST_OCTETS if octets else adder_network.MOST_WORDS
+    most = adder_network.MOST_OCTET_WORDS if octets else adder_network.MOST_WORDS
     network = counter and _window(sch, main, lanes, octets or counter.lanes, most)
     if popcount and in_bytes:
         _sum_bytes(sch, main, spatial, reduction, in_bytes, popcount, whole, target)

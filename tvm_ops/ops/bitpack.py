@@ -159,6 +159,24 @@ def pack(bits: Any, word: Any, channels: int) -> Any:
     return tirx.if_then_else(word < whole, gather(WORD_BITS), tail) if whole else tail
 
 
+def with_masks(function: Any, sign_bits: str) -> Any:
+    """A scheduled function whose packings (`pack`) gather by ``sign_bits``, LLVM's intrinsic of the signs of 32 bytes.
+
+    LLVM knows that it takes the comparisons themselves, and has instructions for those.
+    """
+    import tvm_ffi
+    from tvm import DataType, ir, tirx
+
+    def gather(call: Any) -> Any:
+        if not _gathers(call) or DataType(str(call.args[1].ty.dtype)).lanes != WORD_BITS:
+            return call
+        ones, zeros = (tirx.Broadcast(tirx.const(bits, "int8"), WORD_BITS) for bits in (-1, 0))
+        signs = tirx.Select(call.args[1].condition, ones, zeros)
+        return tirx.Cast("uint32", tirx.call_llvm_pure_intrin("int32", sign_bits, signs))
+
+    return function.with_body(tvm_ffi.structural_map(function.body, (ir.Call, gather)))
+
+
 def with_shifts(function: Any, shift: ShiftInsert) -> Any:
     """A scheduled function whose packings (`pack`) of whole vectors of four lanes gather by ``shift``.
 
@@ -168,9 +186,6 @@ def with_shifts(function: Any, shift: ShiftInsert) -> Any:
     """
     import tvm_ffi
     from tvm import DataType, ir, tirx
-    from tvm.target.codegen import llvm_get_intrinsic_name
-
-    intrinsic = ir.Op.get("tirx.call_llvm_pure_intrin")
 
     def fence(value: Any) -> Any:  # LLVM would take single bits of comparisons apart, and words of stores together
         dtype = str(value.ty.dtype)
@@ -179,7 +194,7 @@ def with_shifts(function: Any, shift: ShiftInsert) -> Any:
         return tirx.reinterpret(dtype, fenced)
 
     def gather(call: Any) -> Any:
-        if not call.op.same_as(intrinsic) or llvm_get_intrinsic_name(int(call.args[0].value)) != _GATHER:
+        if not _gathers(call):
             return call
         chosen = call.args[1]
         count = DataType(str(chosen.ty.dtype)).lanes
@@ -200,3 +215,12 @@ def with_shifts(function: Any, shift: ShiftInsert) -> Any:
         return fence(tirx.call_llvm_pure_intrin("uint32", "llvm.vector.reduce.add", bits))
 
     return function.with_body(tvm_ffi.structural_map(function.body, (ir.Call, gather)))
+
+
+def _gathers(call: Any) -> bool:
+    """Whether a call is the reduction of `pack`."""
+    from tvm import ir
+    from tvm.target.codegen import llvm_get_intrinsic_name
+
+    intrinsic = ir.Op.get("tirx.call_llvm_pure_intrin")
+    return call.op.same_as(intrinsic) and llvm_get_intrinsic_name(int(call.args[0].value)) == _GATHER

@@ -111,6 +111,11 @@ class Planes:
         both = self.x_masked and self.w_masked
         return [*(1 << (i + j + both) for i in range(self.x) for j in range(self.w)), *([-1] if both else [])]
 
+    @property
+    def summable(self) -> bool:
+        """Whether nothing but xor happens to words before they are counted, so that sums of words can be stored."""
+        return not (self.x_masked or self.w_masked)
+
     def terms(self, x: Callable[[int], Any], w: Callable[[int], Any]) -> list[tuple[int, Any]]:
         """What S sums for a word: [(factor, word whose ones count)]; x(i) and w(j) are the words of a plane."""
         masks = ([x(self.x)] if self.x_masked else []) + ([w(self.w)] if self.w_masked else [])
@@ -124,14 +129,14 @@ class Planes:
                 found.append((1 << (i + j + both), word))
         return [*found, (-1, masks[0] & masks[1])] if both else found
 
-    def count(self, x: Callable[[int], Any], w: Callable[[int], Any]) -> Any:
+    def count(self, x: Callable[[int], Any], w: Callable[[int], Any], dtype: str = "int32") -> Any:
         """The same as a TIR expression."""
         from tvm import tirx
 
         total = None
         for factor, word in self.terms(x, w):
-            ones = tirx.Cast("int32", tirx.popcount(word))
-            ones = ones if factor == 1 else ones * factor
+            ones = tirx.Cast(dtype, tirx.popcount(word))
+            ones = ones if factor == 1 else ones * tirx.const(factor, dtype)
             total = ones if total is None else total + ones
         return total
 
@@ -196,13 +201,59 @@ def pack_weight(values: NDArray[Any], code: Code = BINARY) -> NDArray[np.uint32]
     return np.ascontiguousarray(pack(planes.transpose(3, 4, 0, 1, 2)).transpose(0, 1, 2, 4, 3))
 
 
-def octets(words: NDArray[np.uint32], block: int) -> NDArray[np.uint8]:
+def octets(words: NDArray[np.uint32], block: int, planes: Planes) -> NDArray[np.uint8]:
     """Words [KH, KW, P, W, O] as bytes, least significant first, a block of filters behind the other: [O / block, KH,
-    KW, P, 4 W, block]. What one vector of filters needs is then one stream, and fits the nearest cache."""
-    kh, kw, planes, count, filters = words.shape
+    KW, P, 4 W, block]. What one vector of filters needs is then one stream, and fits the nearest cache.
+
+    The third byte of a word is the sum of three (`with_sum`), and the filters of a block are reordered (`octet`).
+    """
+    kh, kw, count, depth, filters = words.shape
+    words = with_sum(words) if planes.summable else words
     parts = np.stack([words >> shift & 255 for shift in (0, 8, 16, 24)], axis=4).astype(np.uint8)
-    blocks = parts.reshape(kh, kw, planes, 4 * count, filters // block, block).transpose(4, 0, 1, 2, 3, 5)
-    return np.ascontiguousarray(blocks)
+    blocks = parts.reshape(kh, kw, count, 4 * depth, filters // block, block).transpose(4, 0, 1, 2, 3, 5)
+    stored = np.empty_like(blocks, order="C")
+    stored[..., octet(np.arange(block), block)] = blocks
+    return stored
+
+
+def octet(filter_: Any, block: int) -> Any:
+    """Where a filter of a block lies in `octets`: the first eight, eight from half a block further, the next eight, ...
+
+    Interleaving the halves of each 128 bits of two vectors then gives the filters in their order. An array or a TIR
+    expression.
+    """
+    return filter_ % 8 + filter_ // 8 % (block // 16) * 16 + filter_ // (block // 2) * 8
+
+
+def fits_octets(product: Product, weights: int) -> bool:
+    """Whether the 16-bit sums of `octets` hold what ``weights`` products make."""
+    return weights * sum(f for f in product.planes.factors if f > 0) < 1 << 15
+
+
+def octet_thresholds(most: NDArray[np.int32], product: Product) -> NDArray[Any]:
+    """Thresholds of `bit_threshold` as `compute_bits` takes them with `octets`: 16 bits, where sums alone meet them."""
+    return most if product.nonzeros else most.clip(-(1 << 15), (1 << 15) - 1).astype(np.int16)
+
+
+def with_sum(words: Any) -> Any:
+    """Words whose third byte is the sum modulo 2 (xor) of the first three; of an array or a TIR expression.
+
+    The sum of three differences is the difference of such sums, so a full adder finds its sum with one operation, and
+    the third difference is never needed (`adder_network`).
+    """
+    return words ^ (((words << 8) ^ (words << 16)) & 0xFF0000)
+
+
+def counted_octets(planes: Planes, x: Callable[[int, int], Any], w: Callable[[int, int], Any]) -> Any:
+    """What S sums for a word in `octets`: x(plane, byte) and w(plane, byte) are the bytes."""
+
+    def byte(of: Callable[[int, int], Any], number: int) -> Callable[[int], Any]:
+        if number == 2 and planes.summable:
+            return lambda plane: of(plane, 0) ^ of(plane, 1) ^ of(plane, 2)
+        return lambda plane: of(plane, number)
+
+    first, *rest = (planes.count(byte(x, number), byte(w, number), "int16") for number in range(4))
+    return sum(rest, first)
 
 
 def shifted(values: NDArray[Any], product: Product) -> Border:
@@ -241,39 +292,44 @@ def _padded(x: Any, pads: tuple[int, int, int, int]) -> Any:
     return topi.nn.pad(x, [0, top, left, 0, 0], [0, bottom, right, 0, 0], pad_value=zero, name="padded")
 
 
-def _spread(x: Any) -> Any:
-    """Every byte in all four bytes of a word: uint32 [..., W] -> [..., 4 W]."""
+def _spread(x: Any, planes: Planes) -> Any:
+    """Every byte of what `octets` makes of words, in all four bytes of a word: uint32 [..., W] -> [..., 4 W]."""
     from tvm import te, tirx
 
     def four(*index: Any) -> Any:
-        byte = tirx.shift_right(x[(*index[:-1], index[-1] // 4)], tirx.Cast("uint32", index[-1] % 4 * 8))
+        word = x[(*index[:-1], index[-1] // 4)]
+        word = with_sum(word) if planes.summable else word
+        byte = tirx.shift_right(word, tirx.Cast("uint32", index[-1] % 4 * 8))
         return (byte & tirx.const(0xFF, "uint32")) * tirx.const(0x01010101, "uint32")
 
     return te.compute((*x.shape[:-1], 4 * x.shape[-1]), four, name="spread")
 
 
 def popcounts(x: Any, weight: Any, product: Product) -> Any:
-    """S of every window: int32 [N, OH, OW, O], of packed activations and weights, which may be `octets`."""
+    """S of every window, [N, OH, OW, O], of packed activations and weights: int32, or int16 where they are `octets`."""
     from tvm import te, tirx
 
     geometry, planes = product.geometry, product.planes
     x = _padded(x, geometry.pads)
     in_bytes = weight.dtype == "uint8"
+    words, (*_, kh, kw, _, _, block) = x.shape[-1], weight.shape
     if in_bytes:
-        x = _spread(x)
-    *_, kh, kw, _, words, block = weight.shape
+        x = _spread(x, planes)
     filters = int(weight.shape[0]) * int(block) if in_bytes else block
     ry, rx, rk = te.reduce_axis((0, kh), "ry"), te.reduce_axis((0, kw), "rx"), te.reduce_axis((0, words), "rk")
     (sy, sx), (dy, dx) = geometry.strides, geometry.dilations
 
     def differing(n: Any, h: Any, w: Any, o: Any) -> Any:
-        def activation(plane: int) -> Any:
-            word = x[n, h * sy + ry * dy, w * sx + rx * dx, plane, rk]
-            return tirx.Cast("uint8", word) if in_bytes else word
-
-        at = [o // block, ry, rx] if in_bytes else [ry, rx]
-        lane = o % block if in_bytes else o
-        return te.sum(planes.count(activation, lambda plane: weight[(*at, plane, rk, lane)]), axis=[ry, rx, rk])
+        pixel = (n, h * sy + ry * dy, w * sx + rx * dx)
+        if in_bytes:
+            ones = counted_octets(
+                planes,
+                lambda plane, byte: tirx.Cast("uint8", x[(*pixel, plane, 4 * rk + byte)]),
+                lambda plane, byte: weight[o // block, ry, rx, plane, 4 * rk + byte, octet(o % block, block)],
+            )
+        else:
+            ones = planes.count(lambda plane: x[(*pixel, plane, rk)], lambda plane: weight[ry, rx, plane, rk, o])
+        return te.sum(ones, axis=[ry, rx, rk])
 
     attributes = {
         "dilations": list(geometry.dilations),
@@ -318,13 +374,13 @@ def compute_float(
 
     rest: `nonzeros` where ``product.nonzeros``, then the constants of `float_constants`.
     """
-    from tvm import te
+    from tvm import te, tirx
 
     sums = popcounts(x, weight, product)
     counts, (table, *values) = (rest[:1], rest[1:]) if product.nonzeros else ([], rest)
 
     def value(n: Any, h: Any, w: Any, o: Any) -> Any:
-        dot = edge.at(table, h, w, o) - product.factor * sums[n, h, w, o]
+        dot = edge.at(table, h, w, o) - product.factor * tirx.Cast("int32", sums[n, h, w, o])
         for count in counts:
             dot = dot + count[n, h, w]
         return finish(output_transform.emit(steps, values, dot.astype("float32"), o))
@@ -353,9 +409,9 @@ def compute_bits(product: Product, edge: Border, x: Any, weight: Any, *rest: Any
     """The next layer's bits, uint32 [N, OH, OW, 1, O / 32].
 
     weight: with the flips of `bit_threshold`, filled up to whole words. rest: `nonzeros` where ``product.nonzeros``,
-    then the thresholds.
+    then the thresholds; `octet_thresholds` where the weights are `octets`.
     """
-    from tvm import te
+    from tvm import te, tirx
 
     sums = popcounts(x, weight, product)
     *counts, most = rest
@@ -367,7 +423,8 @@ def compute_bits(product: Product, edge: Border, x: Any, weight: Any, *rest: Any
             total, limit = sums[n, h, w, lanes], edge.at(most, h, w, lanes)
             if not counts:
                 return total <= limit
-            total, limit = (bitpack.as_vector(v, "int32", count) for v in (total, limit))
+            total, limit = bitpack.as_vector(total, str(sums.dtype), count), bitpack.as_vector(limit, "int32", count)
+            total = tirx.Cast(f"int32x{count}", total)
             return total + total <= limit + counts[0][n, h, w]
 
         return bitpack.pack(bits, k, int(filters))
