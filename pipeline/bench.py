@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,19 +82,10 @@ def bench(
     if board is not None and models:
         raise ValueError(f"{models[0]}: ONNX Runtime runs on this machine, not on {board}; leave the ONNX files out")
     sessions = [board.open(folder) if board else session.open_session(folder) for folder in artifacts]
-    subjects = [_artifact(loaded, threads) for loaded in sessions]
+    subjects = [artifact_subject(loaded, threads) for loaded in sessions]
     batch = sessions[0].manifest.inputs[0].shape[0] if sessions else 1
-    subjects += [_onnx_file(path, threads, batch) for path in models]
-    # A round of a subject lasts some 5 ms; this first call is its warm-up.
-    calls = [max(1, int(0.005 / subject.seconds(3))) for subject in subjects]
-    seconds: list[list[float]] = [[] for _ in subjects]
-    for done in range(rounds):
-        for subject, count, times in zip(subjects, calls, seconds, strict=True):
-            if threads > 1:
-                time.sleep(_REST)
-            subject.seconds(_WARM_UP)
-            times.append(subject.seconds(count))
-        on_round(done + 1, rounds)
+    subjects += [onnx_subject(path, threads, batch) for path in models]
+    seconds = in_turns([subject.seconds for subject in subjects], threads, rounds, on_round)
     return Bench(
         cpu=(board.cpu or "unknown CPU") if board else " and ".join([*_gpu_name(sessions), cpu_name()]),
         threads=threads,
@@ -105,12 +96,36 @@ def bench(
     )
 
 
+def in_turns(
+    timers: Sequence[Callable[[int], float]],
+    threads: int,
+    rounds: int,
+    on_round: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[float]]:
+    """Seconds of a call of each subject in each round, in which one is timed after the other, some 5 ms each.
+
+    Args:
+        timers: seconds(calls) is the mean time of a call.
+        threads, on_round: as of `bench`.
+    """
+    calls = [max(1, int(0.005 / timer(3))) for timer in timers]  # this first call is a warm-up
+    seconds: list[list[float]] = [[] for _ in timers]
+    for done in range(rounds):
+        for timer, count, times in zip(timers, calls, seconds, strict=True):
+            if threads > 1:
+                time.sleep(_REST)
+            timer(_WARM_UP)
+            times.append(timer(count))
+        on_round(done + 1, rounds)
+    return seconds
+
+
 def _gpu_name(sessions: list[Session]) -> list[str]:
     return [str(gpu.device().device_name)] if any(loaded.manifest.gpus for loaded in sessions) else []
 
 
 @dataclass(frozen=True)
-class _Subject:
+class Subject:
     """What is timed: seconds(calls) is the mean time of a call."""
 
     name: str
@@ -120,7 +135,7 @@ class _Subject:
     seconds: Callable[[int], float]
 
 
-def _measurement(subject: _Subject, seconds: list[float]) -> Measurement:
+def _measurement(subject: Subject, seconds: list[float]) -> Measurement:
     p10, median, p90 = (float(q) * 1e6 for q in np.quantile(seconds, (0.1, 0.5, 0.9)))
     return Measurement(
         name=subject.name,
@@ -134,7 +149,12 @@ def _measurement(subject: _Subject, seconds: list[float]) -> Measurement:
     )
 
 
-def _artifact(loaded: Session, threads: int) -> _Subject:
+def artifact_subject(loaded: Session, threads: int) -> Subject:
+    """An artifact, after its golden pair was checked.
+
+    Raises:
+        ValueError: it differs, or was compiled for another number of threads.
+    """
     folder = loaded.folder
     verdict = session.verify(loaded)
     if not verdict.passed:
@@ -142,10 +162,15 @@ def _artifact(loaded: Session, threads: int) -> _Subject:
     if loaded.manifest.threads != threads:
         raise ValueError(f"{folder}: compiled for {loaded.manifest.threads} threads, asked to time {threads}")
     inputs, _ = artifact.golden(folder)
-    return _Subject(str(folder), "crossbit", verdict.target, verdict.error, lambda calls: loaded.seconds(inputs, calls))
+    return Subject(str(folder), "crossbit", verdict.target, verdict.error, lambda calls: loaded.seconds(inputs, calls))
 
 
-def _onnx_file(path: Path, threads: int, batch: int) -> _Subject:
+def onnx_subject(path: Path, threads: int, batch: int) -> Subject:
+    """An ONNX file in ONNX Runtime, on random inputs.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     from pipeline import onnx_file
     from pipeline.packaging import onnxruntime
 
@@ -160,4 +185,4 @@ def _onnx_file(path: Path, threads: int, batch: int) -> _Subject:
             runtime.run(None, inputs)
         return (time.perf_counter() - start) / calls
 
-    return _Subject(str(path), "onnxruntime", "cpu", None, seconds)
+    return Subject(str(path), "onnxruntime", "cpu", None, seconds)

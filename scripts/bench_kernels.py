@@ -4,17 +4,14 @@
 
 Four shapes of 115.6 M multiply-accumulates, one thread, default schedules, in three forms: ``kernel`` (bits in, sums
 out), ``float_io`` (floats in, packed, scaled floats out) and ``bits_io`` (bits in, thresholds, bits out). The ceiling
-is `ceiling.c`, a register loop, built for this CPU and timed between the kernels. Unless ``--quick``, so are other
+is a register loop, `pipeline/ceiling.c`, timed between the kernels. Unless ``--quick``, so are other
 runtimes that are installed (`peers.py`; `pip install openvino` for the one with binary convolutions).
 """
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import json
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,17 +24,6 @@ from rich.table import Table
 
 CASES = {"56x56x64": (56, 64), "28x28x128": (28, 128), "14x14x256": (14, 256), "7x7x512": (7, 512)}
 VARIANTS = ("kernel", "float_io", "bits_io")
-
-
-def ceiling_loop():
-    """seconds(vectors) of `ceiling.c` on this CPU, per bit."""
-    library = Path(tempfile.mkdtemp()) / "ceiling.so"
-    source = Path(__file__).with_name("ceiling.c")
-    subprocess.run(["gcc", "-O3", "-march=native", "-shared", "-fPIC", source, "-o", library], check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.seconds_per_vector.restype = ctypes.c_double
-    loaded.seconds_per_vector.argtypes = [ctypes.c_long]
-    return lambda vectors: loaded.seconds_per_vector(vectors) / loaded.vector_bits()
 
 
 def convolution(case: str, variant: str, rng: np.random.Generator, target: Any):
@@ -114,10 +100,11 @@ def main(
 ) -> None:
     """Check and time the kernels."""
     import targets
+    from pipeline import ceiling
 
     console = Console()
     rng = np.random.default_rng(seed)
-    ceiling = ceiling_loop()
+    loop = ceiling.loops(targets.host())["binary"]
     timers = {}
     for case in CASES:
         for variant in VARIANTS:
@@ -129,16 +116,16 @@ def main(
             timers |= {(case, name): timer for name, timer in peers.all_of(*peer_inputs(case, rng)).items()}
     rounds = 15 if quick else 60
     times = {key: [] for key in timers}
-    per_bit = []
+    rates = []
     for _ in track(range(rounds), "timing", console=Console(stderr=True), transient=True):
-        per_bit.append(ceiling(200_000))
+        rates.append(loop())
         for key, seconds in timers.items():
             times[key].append(seconds(5))
     rows = []
     for (case, variant), seconds in times.items():
         size, channels = CASES[case]
         macs = size * size * channels * channels * 9
-        us, ceiling_us = np.median(seconds) * 1e6, np.median(per_bit) * macs * 1e6
+        us, ceiling_us = np.median(seconds) * 1e6, macs / np.median(rates) * 1e6
         rows.append({"case": case, "variant": variant, "us": us, "ceiling_us": ceiling_us, "ratio": us / ceiling_us})
     today = datetime.datetime.now(datetime.UTC).date()
     table = Table(title=f"{targets.cpu_name()}, {targets.host().name}, 1 thread, {today}", title_justify="left")

@@ -1,18 +1,31 @@
-/* The most binary multiply-accumulates a core can do from registers: xor, count, add, nothing loaded or stored.
+/* The most multiply-accumulates a core can do from registers, nothing loaded or stored: of bits and of floats.
  *
- * With a vector popcount that is three operations a vector. Without one the best known count is Harley and Seal's:
- * full adders sum sixteen words before one nibble-table count (Mula, Kurz, Lemire, "Faster population counts using
- * AVX2 instructions", 2018). Two independent streams hide the latency.
+ * Bits are xor, count, add: with a vector popcount three operations a vector. Without one (x86) the best known count is
+ * Harley and Seal's: full adders sum sixteen words before one nibble-table count (Mula, Kurz, Lemire, "Faster population
+ * counts using AVX2 instructions", 2018). Independent streams hide the latency.
  *
- * double seconds_per_vector(long n): seconds for one vector of VECTOR_BITS, the best of seven runs of n vectors.
+ * double {binary,float}_macs_per_second(long macs): the best of seven runs of so many.
  */
-#include <immintrin.h>
 #include <time.h>
 
-#if defined(__AVX512BW__)
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+typedef uint8x16_t V;
+typedef float32x4_t F;
+#define KEEP(v) __asm__ volatile("" : "+w"(v))
+#define VECTOR_BITS 128
+#define SET(x) vreinterpretq_u8_u64(vdupq_n_u64(x))
+#define SET_FLOAT(x) vdupq_n_f32(x)
+#define FMA(a, b, c) vfmaq_f32(c, a, b)
+#elif defined(__AVX512BW__)
+#include <immintrin.h>
 typedef __m512i V;
+typedef __m512 F;
+#define KEEP(v) __asm__ volatile("" : "+v"(v))
 #define VECTOR_BITS 512
 #define SET(x) _mm512_set1_epi64(x)
+#define SET_FLOAT(x) _mm512_set1_ps(x)
+#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define XOR(a, b) _mm512_xor_si512(a, b)
 #define ADD(a, b) _mm512_add_epi64(a, b)
 #define ADD8(a, b) _mm512_add_epi8(a, b)
@@ -24,9 +37,14 @@ typedef __m512i V;
 #define SUM3(a, b, c) _mm512_ternarylogic_epi32(a, b, c, 0x96)
 #define MAJORITY(a, b, c) _mm512_ternarylogic_epi32(a, b, c, 0xE8)
 #else
+#include <immintrin.h>
 typedef __m256i V;
+typedef __m256 F;
+#define KEEP(v) __asm__ volatile("" : "+x"(v))
 #define VECTOR_BITS 256
 #define SET(x) _mm256_set1_epi64x(x)
+#define SET_FLOAT(x) _mm256_set1_ps(x)
+#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define XOR(a, b) _mm256_xor_si256(a, b)
 #define ADD(a, b) _mm256_add_epi64(a, b)
 #define ADD8(a, b) _mm256_add_epi8(a, b)
@@ -45,9 +63,22 @@ static double now(void) {
   return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-int vector_bits(void) { return VECTOR_BITS; }
-
-#if defined(__AVX512VPOPCNTDQ__)
+#if defined(__ARM_NEON)
+/* Counts of bytes, added up in bytes before they are widened: 31 of at most 8 fit. */
+#define STREAMS 4
+#define STEP 31
+typedef struct { V total; } State;
+static inline State step(State s, V a, V w) {
+  V sum = vcntq_u8(veorq_u8(a, w));
+#pragma GCC unroll 31
+  for (int i = 1; i < STEP; i++) {
+    KEEP(a);
+    sum = vaddq_u8(sum, vcntq_u8(veorq_u8(a, w)));
+  }
+  s.total = vreinterpretq_u8_u32(vpadalq_u16(vreinterpretq_u32_u8(s.total), vpaddlq_u8(sum)));
+  return s;
+}
+#elif defined(__AVX512VPOPCNTDQ__)
 #define STREAMS 12
 #define STEP 1
 typedef struct { V total; } State;
@@ -76,40 +107,64 @@ static inline V two(State *s, V a, V w) {
 }
 static inline V four(State *s, V a, V w) {
   V x = two(s, a, w);
-  __asm__ volatile("" : "+x"(a));
+  KEEP(a);
   return full_adder(&s->twos, x, two(s, a, w));
 }
 static inline V eight(State *s, V a, V w) {
   V x = four(s, a, w);
-  __asm__ volatile("" : "+x"(a));
+  KEEP(a);
   return full_adder(&s->fours, x, four(s, a, w));
 }
 static inline State step(State s, V a, V w) {
   V x = eight(&s, a, w);
-  __asm__ volatile("" : "+x"(a));
+  KEEP(a);
   s.total = ADD(s.total, count(full_adder(&s.eights, x, eight(&s, a, w))));
   return s;
 }
 #endif
 
-double seconds_per_vector(long n) {
+#define RUNS 7
+
+double binary_macs_per_second(long macs) {
   State s[STREAMS] = {0};
   V a[STREAMS], w = SET(0xfedcba987654321ULL);
+  const long each = STREAMS * STEP * VECTOR_BITS, rounds = macs / each + 1;
   for (int i = 0; i < STREAMS; i++) a[i] = SET(0x123456789abcdefULL * (i + 3));
   double best = 1e9;
-  for (int run = 0; run < 7; run++) {
+  for (int run = 0; run < RUNS; run++) {
     double t = now();
-    for (long k = 0; k < n; k += STREAMS * STEP) {
-      __asm__ volatile("" : "+x"(w));
+    for (long k = 0; k < rounds; k++) {
+      KEEP(w);
 #pragma GCC unroll 12
       for (int i = 0; i < STREAMS; i++) {
-        __asm__ volatile("" : "+x"(a[i]));
+        KEEP(a[i]);
         s[i] = step(s[i], a[i], w);
       }
     }
     t = now() - t;
     if (t < best) best = t;
   }
-  for (int i = 0; i < STREAMS; i++) __asm__ volatile("" ::"x"(s[i].total));
-  return best / n;
+  for (int i = 0; i < STREAMS; i++) KEEP(s[i].total);
+  return rounds * each / best;
+}
+
+#define SUMS 12
+
+double float_macs_per_second(long macs) {
+  F s[SUMS], a = SET_FLOAT(0.5f), w = SET_FLOAT(1.0f);
+  const long each = SUMS * VECTOR_BITS / 32, rounds = macs / each + 1;
+  for (int i = 0; i < SUMS; i++) s[i] = SET_FLOAT(i);
+  double best = 1e9;
+  for (int run = 0; run < RUNS; run++) {
+    double t = now();
+    for (long k = 0; k < rounds; k++) {
+#pragma GCC unroll 12
+      for (int i = 0; i < SUMS; i++) s[i] = FMA(a, w, s[i]);
+      KEEP(a);
+    }
+    t = now() - t;
+    if (t < best) best = t;
+  }
+  for (int i = 0; i < SUMS; i++) KEEP(s[i]);
+  return rounds * each / best;
 }
