@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-SCHEMA: Literal[3] = 3
+SCHEMA: Literal[4] = 4
 LIBRARY, MANIFEST, GOLDEN, RECORDS = "model.so", "manifest.json", "golden.npz", "records"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183, "armv7l": 40}
 
@@ -62,6 +62,23 @@ class Layer(_Record):
     why_float: str
 
 
+Kind = Literal["binary", "float", "integer", ""]
+
+
+class Call(_Record):
+    """What one call of a kernel has to do, whatever its schedule.
+
+    Attributes:
+        kind: of the multiply-accumulates, see `pipeline.work.products`; '' where there are none.
+        bytes: of inputs, weights and outputs, each once.
+    """
+
+    kernel: str
+    kind: Kind
+    macs: int
+    bytes: int
+
+
 class File(_Record):
     sha256: str
     bytes: int
@@ -91,10 +108,11 @@ Emit = Literal["vm", "c-lib", "c-source"]
 class Manifest(_Record):
     """Everything a reader of an artifact needs to know. Sizes in bytes, dates in ISO 8601 (UTC).
 
+    calls: of kernels, in the order of execution.
     gpus: what its kernels are compiled for, ('sm_80', ...); empty where they run on the CPU.
     """
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     name: str
     emit: Emit
     c_library: CLibrary | None
@@ -107,6 +125,7 @@ class Manifest(_Record):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     layers: tuple[Layer, ...]
+    calls: tuple[Call, ...]
     kernels: int
     tuned_kernels: int
     tolerance: float

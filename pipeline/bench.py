@@ -15,10 +15,10 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from pipeline import artifact, gpu, session
+import targets
+from pipeline import artifact, ceiling, gpu, session
 from pipeline.remote import Board
 from pipeline.session import Session
-from targets import cpu_name
 
 # Seconds between two subjects of several threads: workers of the one before would take its cores, for they spin
 # when there is nothing to do (ONNX Runtime 1.31's for 45 ms).
@@ -60,6 +60,76 @@ class Bench(_Record):
     measurements: tuple[Measurement, ...]
 
 
+class KernelTime(_Record):
+    """One call of a kernel: the least time of several runs, and what it did in it, see `artifact.Call`.
+
+    Attributes:
+        gmacs_per_second: billions of multiply-accumulates; None where there are none.
+        of_ceiling: their share of what the cores can do; None where that is not known.
+    """
+
+    kernel: str
+    us: float
+    kind: str
+    macs: int
+    bytes: int
+    gmacs_per_second: float | None
+    of_ceiling: float | None
+
+
+class Profile(_Record):
+    """The kernels of one artifact in the order of execution.
+
+    Attributes:
+        ceilings: billions of multiply-accumulates a second by kind, of all threads: `ceiling.c` times their number.
+        no_ceiling: why there are none; '' where there are.
+    """
+
+    kernels: tuple[KernelTime, ...]
+    ceilings: dict[str, float]
+    no_ceiling: str
+
+
+def profile(folder: Path, calls: int = 10) -> Profile:
+    """Time every kernel of an artifact on this machine, beside the ceiling of its cores for the target's instructions.
+
+    Raises:
+        ValueError: as `Session`, or a C library.
+    """
+    loaded = session.open_session(folder)
+    manifest = loaded.manifest
+    seconds = loaded.kernel_seconds(artifact.golden(folder)[0], calls)
+    ceilings, why = _ceilings(manifest, calls)
+    kernels = []
+    for (name, each), call in zip(seconds.items(), manifest.calls, strict=True):
+        rate = call.macs / each / 1e9 if call.macs else None
+        most = ceilings.get(call.kind)
+        kernels.append(
+            KernelTime(
+                kernel=name,
+                us=each * 1e6,
+                kind=call.kind,
+                macs=call.macs,
+                bytes=call.bytes,
+                gmacs_per_second=rate,
+                of_ceiling=rate / most if rate and most else None,
+            )
+        )
+    return Profile(kernels=tuple(kernels), ceilings=ceilings, no_ceiling=why)
+
+
+def _ceilings(manifest: artifact.Manifest, runs: int) -> tuple[dict[str, float], str]:
+    """As of `Profile`; the best of ``runs``, as the kernels' are."""
+    if manifest.gpus:
+        return {}, "the ceiling of a GPU is not measured"
+    try:
+        loops = ceiling.loops(targets.load(manifest.target))
+    except ValueError as error:  # a board may have no compiler, and its kernels be timed all the same
+        return {}, str(error)
+    best = {str(kind): max(loop() for _ in range(runs)) for kind, loop in loops.items()}
+    return {kind: rate * manifest.threads / 1e9 for kind, rate in best.items()}, ""
+
+
 def bench(
     artifacts: list[Path],
     models: list[Path],
@@ -87,7 +157,7 @@ def bench(
     subjects += [onnx_subject(path, threads, batch) for path in models]
     seconds = in_turns([subject.seconds for subject in subjects], threads, rounds, on_round)
     return Bench(
-        cpu=(board.cpu or "unknown CPU") if board else " and ".join([*_gpu_name(sessions), cpu_name()]),
+        cpu=(board.cpu or "unknown CPU") if board else " and ".join([*_gpu_name(sessions), targets.cpu_name()]),
         threads=threads,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         emulated=board is not None and board.emulated,

@@ -366,7 +366,9 @@ def bench(
     onnx: Annotated[list[Path], typer.Option(help="ONNX files to time in ONNX Runtime (repeatable).")] = [],  # noqa: B006
     threads: Threads = 1,
     rounds: Annotated[int, typer.Option(min=3, help="Rounds of some 5 ms a subject.")] = 30,
-    profile: Annotated[bool, typer.Option(help="Also the time of every kernel of the first artifact.")] = False,
+    profile: Annotated[
+        bool, typer.Option(help="Also the kernels of the first: time, work, share of the ceiling.")
+    ] = False,
     rpc: Rpc = None,
     key: Key = None,
     file: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON there.")] = None,
@@ -376,7 +378,6 @@ def bench(
 
     Example: crossbit bench runs/m16/tuned --onnx runs/float/model.onnx
     """
-    from pipeline import artifact, session
     from pipeline import bench as benching
 
     with _board(rpc, key) as board, _progress("timing") as advance:
@@ -387,11 +388,9 @@ def bench(
         )
     if file is not None:
         file.write_text(result.model_dump_json(indent=2) + "\n")
-    kernels = {}
-    if profile:
-        kernels = session.open_session(folders[0]).kernel_seconds(artifact.golden(folders[0])[0], calls=10)
+    kernels = benching.profile(folders[0]) if profile else None
     if as_json:
-        _print_json({**result.model_dump(), **({"kernels": kernels} if profile else {})})
+        _print_json({**result.model_dump(), **({"profile": kernels.model_dump()} if kernels else {})})
         return
     slowest = max(m.median_us for m in result.measurements)
     rows = [
@@ -410,10 +409,24 @@ def bench(
         where += ", EMULATED: these times say nothing about the CPU"
     title = f"{result.cpu}{where}, {threads} thread(s), {result.date}"
     _table(title, ("subject", "runtime", "median us", "p10", "p90", "speed"), rows)
-    if profile:
-        whole = sum(kernels.values())
-        shares = [(name, f"{seconds * 1e6:.1f}", f"{seconds / whole:.1%}") for name, seconds in kernels.items()]
-        _table(f"kernels of {folders[0]}", ("kernel", "us", "share"), shares)
+    if kernels is not None:
+        whole = sum(kernel.us for kernel in kernels.kernels)
+        shares = [
+            (
+                k.kernel,
+                f"{k.us:.1f}",
+                f"{k.us / whole:.1%}",
+                k.kind,
+                _short(k.macs),
+                f"{k.bytes:,}",
+                "-" if k.of_ceiling is None else f"{k.of_ceiling:.0%}",
+            )
+            for k in kernels.kernels
+        ]
+        columns = ("kernel", "us", "of time", "kind", "MACs", "bytes", "of ceiling")
+        _table(f"kernels of {folders[0]}", columns, shares, right=(1, 2, 4, 5, 6))
+        known = ", ".join(f"{kind} {rate:.1f} G MAC/s" for kind, rate in kernels.ceilings.items())
+        out.print(f"ceiling: {known or kernels.no_ceiling}", highlight=False)
 
 
 @app.command()

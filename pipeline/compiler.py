@@ -29,7 +29,8 @@ def check_threads(target: Target, threads: int) -> None:
 
 
 def lower(mod: tvm.IRModule) -> tvm.IRModule:
-    """Operators to TIR functions, element-wise ones fused into what produces them."""
+    """Operators to TIR functions, element-wise ones fused into what produces them. Reshapes are none: once they are
+    scheduled, TVM takes them for work."""
     return tvm.transform.Sequential(
         [
             relax.transform.LegalizeOps(),
@@ -37,6 +38,7 @@ def lower(mod: tvm.IRModule) -> tvm.IRModule:
             relax.transform.FoldConstant(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
+            relax.transform.RewriteDataflowReshape(),
             relax.transform.DeadCodeElimination(),
         ]
     )(mod)
@@ -137,16 +139,11 @@ class CudaBuild:
 
 def build_cuda(mod: tvm.IRModule, target: Target, records: Path | None = None) -> CudaBuild:
     """As `build`, for a GPU: TVM alone would need a driver here, or leave its source to be compiled at every start."""
-    mod, count, tuned = scheduled(without_reshapes(mod), target, 1, records)
+    mod, count, tuned = scheduled(mod, target, 1, records)
     source, kernels = cuda_kernel.make(program.functions(mod), target.tvm_target(1))
     executable = relax.build(_calls_by_name(mod), target.tvm_target(1), relax_pipeline=_TO_MACHINE)
     text = source + cuda_kernel.packed(kernels)
     return CudaBuild(executable, text, cuda_kernel.shared_bytes(kernels.values()), count, tuned)
-
-
-def without_reshapes(mod: tvm.IRModule) -> tvm.IRModule:
-    """A lowered module whose reshapes are no kernels: once they are scheduled, TVM takes them for work."""
-    return relax.transform.DeadCodeElimination()(relax.transform.RewriteDataflowReshape()(mod))
 
 
 def _calls_by_name(mod: tvm.IRModule) -> tvm.IRModule:

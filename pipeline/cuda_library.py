@@ -33,7 +33,7 @@ def write(
         ValueError: there is no compiler for the target, or something is left in the graph that no kernel computes.
     """
     nvcc, tools = cuda_toolchain.find(target), toolchain.find(target)
-    scheduled, count, tuned = compiler.scheduled(compiler.without_reshapes(lowered), target, 1, records)
+    scheduled, count, tuned = compiler.scheduled(lowered, target, 1, records)
     mod = program.straight(scheduled, target.tvm_target(1))
     functions = program.functions(mod)
     symbols = {function: f"{name}_k{i}_{function[:40]}" for i, function in enumerate(sorted(functions))}

@@ -28,6 +28,7 @@ from pipeline import (
     onnx_file,
     toolchain,
     tune,
+    work,
 )
 from pipeline.artifact import Emit, Manifest, Tensor
 from targets import Target
@@ -84,6 +85,7 @@ def compile_network(
         inputs=_specs(inputs),
         outputs=_specs(outputs),
         layers=inspection.inspect(model, batch).layers,
+        calls=work.calls(lowered),
         kernels=0,
         tuned_kernels=0,
         tolerance=TOLERANCE,

@@ -99,7 +99,6 @@ def straight(scheduled: tvm.IRModule, target: Any) -> tvm.IRModule:
     with target:
         return tvm.transform.Sequential(
             [
-                relax.transform.RewriteDataflowReshape(),
                 relax.transform.ToNonDataflow(),
                 relax.transform.RemovePurityChecking(),
                 relax.transform.CallTIRRewrite(),

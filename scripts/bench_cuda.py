@@ -191,7 +191,7 @@ def _build(
     import targets
     from pipeline import compiler, cuda_kernel, program
 
-    scheduled, _, _ = compiler.scheduled(compiler.without_reshapes(lowered), target, 1)
+    scheduled, _, _ = compiler.scheduled(lowered, target, 1)
     mod = program.straight(scheduled, target.tvm_target(1))
     source, kernels = cuda_kernel.make(program.functions(mod), target.tvm_target(1))
     made = program.line_up(mod, ("y",), kernels, 1)

@@ -51,7 +51,7 @@ def patch(path: Path, at: int, content: bytes) -> None:
 def test_the_manifest_says_what_was_compiled(small_artifact: Path, small_model: Path) -> None:
     found = artifact.read(small_artifact)
     host = targets.host()
-    assert (found.schema_version, found.name, found.emit) == (3, "artifact", "vm")
+    assert (found.schema_version, found.name, found.emit) == (4, "artifact", "vm")
     assert (found.target, found.machine, found.threads) == (host.name, host.machine, 1)
     assert set(found.features) == host.features
     assert found.model_sha256 == hashlib.sha256(small_model.read_bytes()).hexdigest()
@@ -154,7 +154,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "unlisted library": (lambda f: without(f, "model.so"), r"manifest\.json: lists no model\.so; compile again"),
     "unlisted golden pair": (lambda f: without(f, "golden.npz"), r"manifest\.json: lists no golden\.npz"),
     "newer schema": (
-        lambda f: change(f, schema_version=4),
+        lambda f: change(f, schema_version=5),
         r"manifest\.json: schema_version: .*; compile again with th",
     ),
     "wrong type": (lambda f: change(f, threads="many"), r"manifest\.json: threads: .*; compile again with this crossb"),

@@ -8,8 +8,8 @@ import pytest
 from test_artifact import rehash
 
 import targets
-from pipeline import artifact
-from pipeline.bench import Bench, bench
+from pipeline import artifact, toolchain
+from pipeline.bench import Bench, Profile, bench, profile
 
 
 def test_artifacts_and_onnx_runtime_in_turns(small_artifact: Path, small_model: Path) -> None:
@@ -26,6 +26,36 @@ def test_artifacts_and_onnx_runtime_in_turns(small_artifact: Path, small_model: 
         assert m.rounds == 4
     assert (result.threads, result.cpu, result.emulated) == (1, targets.cpu_name(), False)
     assert Bench.model_validate_json(result.model_dump_json()) == result
+
+
+def test_a_profile_sets_work_beside_time_and_ceiling(small_artifact: Path) -> None:
+    found = profile(small_artifact, calls=2)
+    manifest = artifact.read(small_artifact)
+    assert (set(found.ceilings), found.no_ceiling) == ({"binary", "float"}, "")
+    assert found.ceilings["binary"] > found.ceilings["float"] > 0
+    assert len(found.kernels) == len(manifest.calls)
+    for number, (kernel, call) in enumerate(zip(found.kernels, manifest.calls, strict=True)):
+        assert kernel.kernel == f"{number:02d} {call.kernel}"
+        assert (kernel.kind, kernel.macs, kernel.bytes) == (call.kind, call.macs, call.bytes)
+        if call.macs:
+            rate = call.macs / kernel.us / 1e3
+            assert kernel.gmacs_per_second == pytest.approx(rate)
+            assert kernel.of_ceiling == pytest.approx(rate / found.ceilings[call.kind])
+        else:
+            assert (kernel.gmacs_per_second, kernel.of_ceiling) == (None, None)
+    assert {kernel.kind for kernel in found.kernels} == {"binary", "float", ""}
+    assert Profile.model_validate_json(found.model_dump_json()) == found
+
+
+def test_without_a_compiler_a_profile_has_no_ceiling_and_says_why(
+    small_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toolchain, "_installed", lambda _: iter(()))
+    found = profile(small_artifact, calls=2)
+    assert found.ceilings == {}
+    assert found.no_ceiling.startswith(f"no C compiler for target {targets.host().name} on this machine: run `apt-get")
+    assert all(kernel.us > 0 and kernel.of_ceiling is None for kernel in found.kernels)
+    assert any(kernel.gmacs_per_second for kernel in found.kernels)
 
 
 def test_two_artifacts_may_be_the_same(small_artifact: Path) -> None:

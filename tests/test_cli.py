@@ -18,8 +18,8 @@ from rich.console import Console
 from test_artifact import change, flipped, rehash
 
 import targets
-from pipeline import artifact, cli, cost_measured, quantizers, session
-from pipeline.session import Session
+from pipeline import artifact, cli, cost_measured, quantizers, session, toolchain
+from pipeline.bench import Profile
 
 
 @dataclass(frozen=True)
@@ -258,17 +258,26 @@ def test_verify_of_an_artifact_that_differs_ends_with_1(crossbit: Crossbit, copi
     assert (as_json.code, as_json.json["passed"]) == (1, False)
 
 
-def test_bench_with_a_profile(crossbit: Crossbit, small_artifact: Path, small_model: Path, tmp_path: Path) -> None:
+def test_bench_with_a_profile(
+    crossbit: Crossbit, small_artifact: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "bench.json"
     timed = crossbit("bench", small_artifact, "--rounds", 3, "--profile", "--json", "-o", file)
     assert timed.code == 0
-    kernels = timed.json["kernels"]
-    assert {k: v for k, v in timed.json.items() if k != "kernels"} == json.loads(file.read_text())
-    names = list(Session(small_artifact).kernel_seconds(artifact.golden(small_artifact)[0], 1))
-    assert list(kernels) == names
+    found = Profile.model_validate(timed.json["profile"])
+    assert {k: v for k, v in timed.json.items() if k != "profile"} == json.loads(file.read_text())
+    assert [kernel.kernel.split()[1] for kernel in found.kernels] == [
+        call.kernel for call in artifact.read(small_artifact).calls
+    ]
     table = crossbit("bench", small_artifact, "--onnx", small_model, "--rounds", 3, "--profile").out
     assert "onnxruntime" in table
-    assert all(name in table for name in names)
+    for kernel in found.kernels:
+        (line,) = (line for line in table.splitlines() if kernel.kernel in line)
+        assert f" {kernel.bytes:,} " in line
+        assert f" {kernel.macs / 1e6:.2f} M " in line or not kernel.macs
+    assert "ceiling: binary " in table and " G MAC/s, float " in table
+    monkeypatch.setattr(toolchain, "_installed", lambda _: iter(()))
+    assert "\nceiling: no C compiler" in crossbit("bench", small_artifact, "--rounds", 3, "--profile").out
 
 
 def test_compile_for_a_named_target_and_batch(crossbit: Crossbit, small_model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""The register loops: they run, and the machine code does what they are named for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from machines import need, run
+
+import targets
+from pipeline import ceiling, toolchain
+
+SOURCE = Path(ceiling.__file__).with_suffix(".c")
+MAIN = """
+#include <stdio.h>
+double binary_macs_per_second(long), float_macs_per_second(long);
+int main(void) { printf("%g %g", binary_macs_per_second(1000), float_macs_per_second(1000)); }
+"""
+
+
+def test_this_machine_has_a_ceiling() -> None:
+    loops = ceiling.loops(targets.host())
+    rates = {kind: loop() for kind, loop in loops.items()}
+    assert set(rates) == {"binary", "float"}
+    assert 1e8 < rates["float"] < rates["binary"] < 1e14
+
+
+@pytest.mark.parametrize("name", ["x86-avx2", "x86-avx512bw", "cortex-a7", "cortex-a72", "cortex-a76"])
+def test_loops_run_on_every_kind_of_vector(name: str, tmp_path: Path) -> None:
+    target = targets.load(name)
+    need(target)
+    tools, program = toolchain.find(target), tmp_path / "program"
+    (tmp_path / "main.c").write_text(MAIN)
+    tools.run(*tools.cc, "-O3", "-static", str(SOURCE), str(tmp_path / "main.c"), "-o", str(program))
+    done = run(target, program)
+    assert done.returncode == 0 and all(float(rate) > 0 for rate in done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "fma"),
+    [
+        ("x86-avx2", "vpshufb .*ymm", "vfmadd.*ymm"),
+        ("x86-avx512bw", "vpshufb .*zmm", "vfmadd.*zmm"),
+        ("x86-avx512", "vpopcntq .*zmm", "vfmadd.*zmm"),
+        ("cortex-a72", r"cnt v\d+\.16b", r"fmla v\d+\.4s"),
+        ("cortex-a7", r"vcnt\.8 q", r"vfma\.f32 q"),
+    ],
+)
+def test_loops_use_the_widest_vectors(name: str, count: str, fma: str, tmp_path: Path) -> None:
+    target = targets.load(name)
+    try:
+        tools = toolchain.find(target)
+    except ValueError as error:
+        pytest.skip(str(error))
+    tools.run(*tools.cc, "-O3", "-S", str(SOURCE), "-o", str(tmp_path / "ceiling.s"))
+    code = " ".join(re.sub(r"[ \t]+", " ", (tmp_path / "ceiling.s").read_text()).splitlines(keepends=True))
+    assert re.search(count, code) and re.search(fma, code)
