@@ -4,8 +4,8 @@
 
 Four shapes of 115.6 M multiply-accumulates, one thread, default schedules, in three forms: ``kernel`` (bits in, sums
 out), ``float_io`` (floats in, packed, scaled floats out) and ``bits_io`` (bits in, thresholds, bits out). The ceiling
-is a register loop, `pipeline/ceiling.c`, timed between the kernels. Unless ``--quick``, so are other
-runtimes that are installed (`peers.py`; `pip install openvino` for the one with binary convolutions).
+is a register loop, `pipeline/ceiling.c`, timed between the kernels. Unless ``--quick``, so are other runtimes that are
+installed (`peers.py`; `pip install openvino` for the one with binary convolutions).
 """
 
 from __future__ import annotations
