@@ -71,7 +71,7 @@ def test_a_convolution_of_codes(method: str, target: str, rng: np.random.Generat
 def test_bits_fill_up_words_of_filters(rng: np.random.Generator, tmp_path: Path) -> None:
     channels, filters = int(rng.integers(1, 70)), int(rng.integers(1, 70))
     model = nn.Sequential(QuantConv2d(channels, filters, 1), nn.BatchNorm2d(filters), QuantConv2d(filters, 8, 1))
-    bits, last = multiplying(calls(randomise(model, rng), (channels, 4, 5), 1, tmp_path))
+    bits, last = multiplying(calls(randomise(model, rng), (channels, 4, 5), 1, tmp_path, "cortex-a72"))
     assert bits.macs == 20 * filled(filters) * filled(channels)
     assert last.macs == 20 * 8 * filled(filters)
     words, outputs = filled(channels) // 8, filled(filters) // 8
