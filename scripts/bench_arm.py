@@ -160,8 +160,7 @@ def show_kernels(cores: list[str], quick: bool, seed: int) -> list[dict[str, Any
     runs = [(name, case, variant) for name in cores for case in CASES for variant in variants]
     rows: list[dict[str, Any]] = []
     for name, case, variant in track(runs, "counting", console=Console(stderr=True), transient=True):
-        size, channels = CASES[case]
-        steps = size * size * channels * channels * 9 / 128
+        steps = CASES[case].macs / 128
         for kernel, count in measure(name, case, variant, rng).items():
             row = {"core": name, "case": f"{case} packing" if "bitpack" in kernel else case, "variant": variant}
             rows.append({**row, "cycles_per_128": count.cycles / steps, "instructions": count.instructions})

@@ -1,19 +1,21 @@
-"""Bit-serial 3x3 convolutions next to the most that a core can do: checked, then timed, in turns.
+"""Bit-serial convolutions next to the most that a core can do: checked, then timed, in turns.
 
     .venv/bin/python scripts/bench_kernels.py [--quick] [--json FILE]
 
 Four shapes of 115.6 M multiply-accumulates, one thread, default schedules, in three forms: ``kernel`` (bits in, sums
 out), ``float_io`` (floats in, packed, scaled floats out) and ``bits_io`` (bits in, thresholds, bits out). The ceiling
-is a register loop, `pipeline/ceiling.c`, timed between the kernels. Unless ``--quick``, so are other runtimes that are
-installed (`peers.py`; `pip install openvino` for the one with binary convolutions).
+is a register loop, `pipeline/ceiling.c`, timed between the kernels. Unless ``--quick``, so are kernels of other windows
+and codes, and other runtimes that are installed (`peers.py`; `pip install openvino` for the one with binary
+convolutions).
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import peers
@@ -22,28 +24,71 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-CASES = {"56x56x64": (56, 64), "28x28x128": (28, 128), "14x14x256": (14, 256), "7x7x512": (7, 512)}
+
+class Case(NamedTuple):
+    """A convolution with padding: image, channels, filters, kernel and stride; bits of activations (0: ternary)."""
+
+    size: int
+    channels: int
+    filters: int
+    kernel: int = 3
+    stride: int = 1
+    bits: int = 1
+
+    @property
+    def geometry(self) -> Any:
+        from tvm_ops.ops.bitserial_conv2d import Geometry
+
+        half = self.kernel // 2
+        return Geometry((self.size,) * 2, (self.kernel,) * 2, (self.stride,) * 2, (half,) * 4)
+
+    @property
+    def macs(self) -> int:
+        return math.prod(self.geometry.output) * self.filters * self.channels * self.kernel**2
+
+
+CASES = {
+    "56x56x64": Case(56, 64, 64),
+    "28x28x128": Case(28, 128, 128),
+    "14x14x256": Case(14, 256, 256),
+    "7x7x512": Case(7, 512, 512),
+}
+MORE = {
+    "14x14x256, 1x1": Case(14, 256, 256, 1),
+    "56x56x64 to 128, stride 2": Case(56, 64, 128, stride=2),
+    "16x16x192, 5x5": Case(16, 192, 192, 5),
+    "dense 4096x4096": Case(1, 4096, 4096, 1),
+    "14x14x256, ternary": Case(14, 256, 256, bits=0),
+    "14x14x256, 2 bits": Case(14, 256, 256, bits=2),
+}
 VARIANTS = ("kernel", "float_io", "bits_io")
+PACKED = ("kernel", "bits_io")
 
 
 def convolution(case: str, variant: str, rng: np.random.Generator, target: Any):
     """A variant as a Relax module for a target, its input, and NumPy's output."""
     from tvm import relax
 
-    from pipeline.values import Channelwise, Emitter, Real, Signs, Sum
+    from pipeline.values import Channelwise, Codes, Emitter, Real, Signs, Sum
     from tvm_ops import bitplanes
-    from tvm_ops.ops.bitserial_conv2d import Geometry
     from tvm_ops.output_transform import Step
 
-    size, channels = CASES[case]
-    shape = (1, channels, size, size)
-    x = rng.standard_normal((1, size, size, channels)).astype(np.float32)
-    signs = rng.choice([-1, 1], (channels, channels, 3, 3)).astype(np.int8)
-    packed = variant != "float_io"
-    argument = bitplanes.pack(x >= 0)[..., None, :] if packed else x
+    of = (CASES | MORE)[case]
+    code = {0: bitplanes.TERNARY, 1: bitplanes.BINARY, 2: bitplanes.unsigned(2)}[of.bits]
+    geometry, shape = of.geometry, (1, of.channels, of.size, of.size)
+    floats = rng.standard_normal((1, of.size, of.size, of.channels)).astype(np.float32)
+    signs = rng.choice([-1, 1], (of.filters, of.channels, of.kernel, of.kernel)).astype(np.int8)
+    if packed := variant != "float_io":
+        x = rng.choice(code.values, floats.shape)
+        planes = bitplanes.encode(x, code)
+        planes = np.stack([planes[0], planes[0] | planes[1]]) if code == bitplanes.TERNARY else planes
+        argument = bitplanes.pack(np.moveaxis(planes, 0, -2))
+    else:
+        x, argument = np.where(floats >= 0, 1, -1), floats
     variable = relax.Var("x", relax.TensorType(argument.shape, str(argument.dtype)))
     emitter = Emitter(relax.BlockBuilder(), target)
-    scale, shift = rng.uniform(0.01, 1, channels).astype(np.float32), rng.normal(0, 20, channels).astype(np.float32)
+    scale = rng.uniform(0.01, 1, of.filters).astype(np.float32)
+    shift = rng.normal(0, 20, of.filters).astype(np.float32)
     steps = {
         "kernel": (),
         "float_io": (Step("mul", scale),),
@@ -51,14 +96,16 @@ def convolution(case: str, variant: str, rng: np.random.Generator, target: Any):
     }[variant]
     with emitter.builder.function("main", [variable]):
         with emitter.builder.dataflow():
-            codes = Signs(emitter, Channelwise(Real(emitter, variable, shape)), _words=[variable] if packed else [])
-            geometry = Geometry((size, size), (3, 3), pads=(1, 1, 1, 1))
-            sums = Channelwise(Sum(emitter, codes, signs, bitplanes.BINARY, geometry, shape), steps)
+            real = Channelwise(Real(emitter, variable, shape))
+            codes = Codes(emitter, real, code, lambda value: value, [variable]) if packed else Signs(emitter, real)
+            out = (1, of.filters, *geometry.output)
+            sums = Channelwise(Sum(emitter, codes, signs, bitplanes.BINARY, geometry, out), steps)
             result = emitter.builder.emit_output(sums.words() if variant == "bits_io" else sums.real())
         emitter.builder.emit_func_output(result)
 
-    padded = np.pad(np.where(x >= 0, 1, -1).astype(np.float32), [(0, 0), (1, 1), (1, 1), (0, 0)])
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
+    half = of.kernel // 2
+    padded = np.pad(x.astype(np.float32), [(0, 0), (half, half), (half, half), (0, 0)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (of.kernel,) * 2, (1, 2))[:, :: of.stride, :: of.stride]
     expected = np.einsum("nhwcij,ocij->nhwo", windows, signs.astype(np.float32), optimize=True)
     for step in steps:
         expected = expected * step.value if step.op == "mul" else expected + step.value
@@ -88,7 +135,7 @@ def kernel(case: str, variant: str, rng: np.random.Generator):
 
 def peer_inputs(case: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Floats in [-1, 1] and signs of a case, as `peers` takes them."""
-    size, channels = CASES[case]
+    size, channels, *_ = CASES[case]
     x = rng.uniform(-1, 1, (1, channels, size, size)).astype(np.float32)
     return x, rng.choice([-1, 1], (channels, channels, 3, 3)).astype(np.int8)
 
@@ -106,13 +153,13 @@ def main(
     rng = np.random.default_rng(seed)
     loop = ceiling.loops(targets.host())["binary"]
     timers = {}
-    for case in CASES:
-        for variant in VARIANTS:
+    for case in CASES if quick else CASES | MORE:
+        for variant in VARIANTS if case in CASES else PACKED:
             found, expected, seconds = kernel(case, variant, rng)
             if not np.array_equal(found, expected):
                 raise SystemExit(f"{case} {variant}: differs from NumPy (seed {seed}), so nothing is timed")
             timers[case, variant] = seconds
-        if not quick:
+        if case in CASES and not quick:
             timers |= {(case, name): timer for name, timer in peers.all_of(*peer_inputs(case, rng)).items()}
     rounds = 15 if quick else 60
     times = {key: [] for key in timers}
@@ -123,9 +170,7 @@ def main(
             times[key].append(seconds(5))
     rows = []
     for (case, variant), seconds in times.items():
-        size, channels = CASES[case]
-        macs = size * size * channels * channels * 9
-        us, ceiling_us = np.median(seconds) * 1e6, macs / np.median(rates) * 1e6
+        us, ceiling_us = np.median(seconds) * 1e6, (CASES | MORE)[case].macs / np.median(rates) * 1e6
         rows.append({"case": case, "variant": variant, "us": us, "ceiling_us": ceiling_us, "ratio": us / ceiling_us})
     today = datetime.datetime.now(datetime.UTC).date()
     table = Table(title=f"{targets.cpu_name()}, {targets.host().name}, 1 thread, {today}", title_justify="left")

@@ -18,6 +18,7 @@ from networks import assert_identical, compiled, dyadic, outputs, randomise
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+import targets
 from pipeline import importer, models
 from pipeline.deploy import _binary_sign, deploy
 from pipeline.export import export
@@ -96,6 +97,22 @@ def test_small_vgg(rng: np.random.Generator, tmp_path: Path) -> None:
     """Whose bits stay bits between layers, up to the float tail."""
     model = models.build("vgg_small", (1, 8, 8), 10, Quantize(group=16), widths=(24, 33, 64), pool_after=(0, 2))
     assert_close(list(outputs(dyadic_floats(model, rng), dyadic(rng, (5, 1, 8, 8)), tmp_path)))
+
+
+@pytest.mark.parametrize("activation", ["bnn", "tbn", "dorefa"])
+@pytest.mark.parametrize("target", ["x86-avx2", "x86-avx512bw"])
+def test_filters_in_whole_blocks_of_bytes(
+    target: str, activation: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """Through Relax, whose indices have 64 bits: bits, ternary codes and two bits, to bits and to floats."""
+    if missing := targets.load(target).missing_features():
+        pytest.skip(f"this CPU lacks {missing}")
+    options = {"activation_options": {"bits": 2}} if activation == "dorefa" else {}
+    convs = [QuantConv2d(64, 64, width, padding=width // 2, activation=activation, **options) for width in (3, 1)]
+    model = nn.Sequential(
+        nn.BatchNorm2d(64), convs[0], nn.BatchNorm2d(64), QuantConv2d(64, 64, 3), nn.BatchNorm2d(64), convs[1]
+    )
+    assert_identical(randomise(model, rng), dyadic(rng, (2, 64, 5, 7)), tmp_path, target=target)
 
 
 # Between quantised layers and floats -----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from targets import ByteCounter
-from tvm_ops.ops.bitserial_conv2d import Planes, counted_octets, octet
+from tvm_ops.ops.bitserial_conv2d import Planes, counted_octets, octet, octet_everywhere
 
 MOST_WORDS = 255 // 8
 MOST_OCTET_WORDS = 36  # beyond it the code is long and the gain small
@@ -97,7 +97,7 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
     height, width = (kh - 1) * dy + 1, (kw - 1) * dx + 1
     px, pw = window.planes.stored
     levels = (kh * kw * words * (4 if window.octets else 1)).bit_length()
-    depth, sum_type = (4 * words, "int16") if window.octets else (words, "int32")
+    depth, sum_type = (4 * words, window.planes.octet_sums) if window.octets else (words, "int32")
 
     @T.prim_func(s_tir=True)
     def describe(x: T.handle, w: T.handle, sums: T.handle) -> None:
@@ -133,6 +133,59 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
 
     TensorIntrin.register(name, describe, implement)
     return name
+
+
+def spread(words: int, summable: bool) -> str:
+    """Register the intrinsic that makes vectors of the bytes of ``words`` words, and return its name."""
+    from tvm import tirx
+    from tvm.s_tir import TensorIntrin
+    from tvm.script import tirx as T
+
+    name = f"spread_octets_{words}_{summable:d}"
+    if TensorIntrin.get(name, allow_missing=True) is not None:
+        return name
+    each_four_times = [tirx.const(i // 4, "int32") for i in range(16 * words)]
+
+    @T.prim_func(s_tir=True)
+    def describe(x: T.handle, y: T.handle) -> None:
+        source = T.match_buffer(x, (words,), "uint32", offset_factor=1)
+        copy = T.match_buffer(y, (4 * words,), "uint32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(source[0:words])
+            T.writes(copy[0 : 4 * words])
+            for i in T.serial(4 * words):
+                with T.sblock("update"):
+                    v = T.axis.spatial(4 * words, i)
+                    copy[v] = octet_everywhere(source[v // 4], v % 4, summable)
+
+    @T.prim_func(s_tir=True)
+    def implement(x: T.handle, y: T.handle) -> None:
+        source = T.match_buffer(x, (words,), "uint32", offset_factor=1)
+        copy = T.match_buffer(y, (4 * words,), "uint32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(source[0:words])
+            T.writes(copy[0 : 4 * words])
+            _spread(source, copy, words, summable, each_four_times)
+
+    TensorIntrin.register(name, describe, implement)
+    return name
+
+
+def _spread(source: Any, copy: Any, words: int, summable: bool, order: list[Any]) -> None:
+    from tvm import tirx
+    from tvm.script.ir_builder.tirx import buffer_store
+
+    def vector(value: int) -> Any:
+        one = tirx.const(value, "uint32")
+        return tirx.Broadcast(one, words) if words > 1 else one
+
+    at = tirx.Ramp(0, 1, words) if words > 1 else 0
+    loaded = source[at]
+    if summable:
+        loaded = loaded ^ (((loaded << vector(8)) ^ (loaded << vector(16))) & vector(0xFF0000))
+    octets = tirx.reinterpret(f"uint8x{4 * words}", loaded)
+    octets = tirx.Shuffle([octets] * 4, order)  # TVM wants as many lanes to choose from
+    buffer_store(copy, tirx.reinterpret(f"uint32x{4 * words}", octets), [tirx.Ramp(0, 1, 4 * words)])
 
 
 def _update(window: Window, lanes: int, x: Any, w: Any, sums: Any, loops: tuple[Any, Any, Any, Any]) -> None:
@@ -176,17 +229,17 @@ def _count(counter: ByteCounter, window: Window, x: Any, w: Any, sums: Any, bits
         for i in range(window.height)
         for j in range(window.width)
     ]
+    kind, lanes = ("int16", 2 * counter.lanes) if window.octets else ("int32", counter.lanes)
     totals: dict[int, Any] = {}
     for terms in zip(*taps, strict=True):
         (factor, _), *_ = terms
         levels = _levels(counter, window, [found for _, found in terms], bits)
         for first, ones in (_interleaved if window.octets else _summed)(counter, levels):
-            dtype, lanes = str(sums.dtype), (2 if window.octets else 1) * counter.lanes
-            ones = ones if factor == 1 else ones * tirx.Broadcast(tirx.const(factor, dtype), lanes)
+            ones = ones if factor == 1 else ones * tirx.Broadcast(tirx.const(factor, kind), lanes)
             totals[first] = totals[first] + ones if first in totals else ones
     for first, ones in totals.items():
         at = [tirx.Ramp(first, 1, lanes)]
-        buffer_store(sums, sums[*at] + ones, at)
+        buffer_store(sums, sums[*at] + tirx.Cast(f"{sums.dtype}x{lanes}", ones), at)
 
 
 def _levels(counter: ByteCounter, window: Window, words: list[Any], bits: Any) -> list[Any]:

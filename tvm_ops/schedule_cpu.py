@@ -86,6 +86,7 @@ def _inline(sch: Any, blocks: list[Any]) -> list[Any]:
     for block in blocks:
         consumers = sch.get_consumers(block)
         into_vectors = _packs(sch, block) or any(_packs(sch, c) for c in consumers)
+        into_vectors |= any(sch.get(c).name_hint == bitserial_conv2d.SPREAD for c in consumers)
         if not consumers or into_vectors or any(_is_reduction(sch, b) for b in (block, *consumers)):
             left.append(block)
         else:
@@ -107,14 +108,20 @@ def _schedule_map(sch: Any, block: Any, target: Target, threads: int) -> None:
     extents = _extents(sch, loops)
     if not loops:
         return
+    elements = math.prod(extents) * (WORD_BITS if _packs(sch, block) else 1)
     if _packs(sch, block):  # already written in vectors
         loops = _hold_bounds(sch, block, target) if target.shift_insert else loops
+    elif sch.get(block).name_hint == bitserial_conv2d.SPREAD and target.byte_counter:
+        words = _largest_divisor(extents[-1] // 4, target.lanes // 4)
+        *loops, inner = loops
+        outer, inner = sch.split(inner, [None, 4 * words])
+        loops.append(outer)
+        sch.tensorize(inner, adder_network.spread(words, bool(sch.get(block).annotations["summable"])))
     else:
         lanes = _largest_divisor(extents[-1], target.lanes)
         *_, inner = sch.split(loops[-1], [None, lanes])
         sch.vectorize(inner)
         loops = sch.get_loops(block)[:-1]
-    elements = math.prod(extents) * (WORD_BITS if _packs(sch, block) else 1)
     _share(sch, loops, _MAP_STEPS * elements // target.lanes, threads)
 
 

@@ -36,6 +36,9 @@ from tvm_ops.output_transform import Step
 BLOCK = "popcounts"
 """The TIR block of the sum, by which schedules know it."""
 
+SPREAD = "spread"
+"""The TIR block that makes vectors of a sum's activations, where its weights are `octets`."""
+
 _NEVER = -(1 << 30)  # less than any sum that float32 holds
 
 
@@ -115,6 +118,11 @@ class Planes:
     def summable(self) -> bool:
         """Whether nothing but xor happens to words before they are counted, so that sums of words can be stored."""
         return not (self.x_masked or self.w_masked)
+
+    @property
+    def octet_sums(self) -> str:
+        """The type of sums where weights are `octets`: of 16 bits, if all that is done to them is to compare."""
+        return "int32" if self.x_masked and not self.w_masked else "int16"
 
     def terms(self, x: Callable[[int], Any], w: Callable[[int], Any]) -> list[tuple[int, Any]]:
         """What S sums for a word: [(factor, word whose ones count)]; x(i) and w(j) are the words of a plane."""
@@ -252,7 +260,7 @@ def counted_octets(planes: Planes, x: Callable[[int, int], Any], w: Callable[[in
             return lambda plane: of(plane, 0) ^ of(plane, 1) ^ of(plane, 2)
         return lambda plane: of(plane, number)
 
-    first, *rest = (planes.count(byte(x, number), byte(w, number), "int16") for number in range(4))
+    first, *rest = (planes.count(byte(x, number), byte(w, number), planes.octet_sums) for number in range(4))
     return sum(rest, first)
 
 
@@ -293,20 +301,25 @@ def _padded(x: Any, pads: tuple[int, int, int, int]) -> Any:
 
 
 def _spread(x: Any, planes: Planes) -> Any:
-    """Every byte of what `octets` makes of words, in all four bytes of a word: uint32 [..., W] -> [..., 4 W]."""
-    from tvm import te, tirx
+    """The bytes of words, as `octets` has them, each in all four bytes of a word: uint32 [..., W] -> [..., 4 W]."""
+    from tvm import te
 
-    def four(*index: Any) -> Any:
-        word = x[(*index[:-1], index[-1] // 4)]
-        word = with_sum(word) if planes.summable else word
-        byte = tirx.shift_right(word, tirx.Cast("uint32", index[-1] % 4 * 8))
-        return (byte & tirx.const(0xFF, "uint32")) * tirx.const(0x01010101, "uint32")
+    def four(*at: Any) -> Any:
+        return octet_everywhere(x[(*at[:-1], at[-1] // 4)], at[-1] % 4, planes.summable)
 
-    return te.compute((*x.shape[:-1], 4 * x.shape[-1]), four, name="spread")
+    return te.compute((*x.shape[:-1], 4 * x.shape[-1]), four, name=SPREAD, attrs={"summable": int(planes.summable)})
+
+
+def octet_everywhere(word: Any, byte: Any, summable: bool) -> Any:
+    """A byte of a word in all four bytes, as a TIR expression."""
+    from tvm import tirx
+
+    parts = tirx.shift_right(with_sum(word) if summable else word, tirx.Cast("uint32", byte * 8))
+    return (parts & tirx.const(0xFF, "uint32")) * tirx.const(0x01010101, "uint32")
 
 
 def popcounts(x: Any, weight: Any, product: Product) -> Any:
-    """S of every window, [N, OH, OW, O], of packed activations and weights: int32, or int16 where they are `octets`."""
+    """S of every window, [N, OH, OW, O], of packed activations and weights: int32, or ``octet_sums`` of `octets`."""
     from tvm import te, tirx
 
     geometry, planes = product.geometry, product.planes
@@ -411,7 +424,7 @@ def compute_bits(product: Product, edge: Border, x: Any, weight: Any, *rest: Any
     weight: with the flips of `bit_threshold`, filled up to whole words. rest: `nonzeros` where ``product.nonzeros``,
     then the thresholds; `octet_thresholds` where the weights are `octets`.
     """
-    from tvm import te, tirx
+    from tvm import te
 
     sums = popcounts(x, weight, product)
     *counts, most = rest
@@ -423,8 +436,7 @@ def compute_bits(product: Product, edge: Border, x: Any, weight: Any, *rest: Any
             total, limit = sums[n, h, w, lanes], edge.at(most, h, w, lanes)
             if not counts:
                 return total <= limit
-            total, limit = bitpack.as_vector(total, str(sums.dtype), count), bitpack.as_vector(limit, "int32", count)
-            total = tirx.Cast(f"int32x{count}", total)
+            total, limit = (bitpack.as_vector(v, "int32", count) for v in (total, limit))
             return total + total <= limit + counts[0][n, h, w]
 
         return bitpack.pack(bits, k, int(filters))
