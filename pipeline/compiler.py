@@ -14,7 +14,7 @@ from tvm.s_tir import meta_schedule as ms
 import pipeline.llvm  # noqa: F401 (TVM finds its function by name)
 from pipeline import cuda_kernel, program
 from targets import Target
-from tvm_ops import adder_network, byte_sums, schedule_cpu, schedule_cuda
+from tvm_ops import adder_network, byte_products, byte_sums, schedule_cpu, schedule_cuda
 from tvm_ops.ops import bitpack
 
 
@@ -62,6 +62,8 @@ def open_records(folder: Path, target: Target) -> Any:
         adder_network.register_those_in(text, target.byte_counter)
     if target.byte_popcount is not None:
         byte_sums.register_those_in(text, target.byte_popcount)
+    if target.byte_product is not None:
+        byte_products.register_those_in(text, target.byte_product)
     return ms.database.JSONDatabase(work_dir=str(folder))
 
 

@@ -22,6 +22,7 @@ from tvm import relax, te, tirx
 from pipeline import onnx_file
 from pipeline.values import (
     OUT_ELEMENTWISE_FUSABLE,
+    ByteSum,
     Channelwise,
     Codes,
     Constant,
@@ -39,8 +40,8 @@ from pipeline.values import (
 from targets import Target
 from tvm_ops import opset
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, decode, odd, unpack, unsigned
-from tvm_ops.ops import bitweight_conv2d, float_conv2d, quantize, stacked_conv2d
-from tvm_ops.ops.bitserial_conv2d import Geometry
+from tvm_ops.ops import bitweight_conv2d, byte_conv2d, float_conv2d, quantize, stacked_conv2d
+from tvm_ops.ops.bitserial_conv2d import Geometry, Product
 from tvm_ops.output_transform import Step, product
 
 Attributes = dict[str, Any]
@@ -248,7 +249,9 @@ def _product(e: Emitter, x: Value, weight: Constant, geometry: Geometry, shape: 
         return Channelwise(StackedSum(e, x, weight.array.astype(np.int64), BINARY, geometry, shape, weight.stack))
     weights = weight.array
     if isinstance(x, Codes) and (code := bitweight_conv2d.integer_code(weights)) is not None:
-        return Channelwise(Sum(e, x, weights.astype(np.int64), code, geometry, shape))
+        arguments = (e, x, weights.astype(np.int64), code, geometry, shape)
+        form = byte_conv2d.form(Product(geometry, x.code, code), len(weights), e.target.byte_product)
+        return Channelwise(Sum(*arguments) if form is None else ByteSum(*arguments, form))
     few = bitweight_conv2d.few_bits(weights)
     if few is not None:
         return Channelwise(RealSum(e, x, few, geometry, shape))

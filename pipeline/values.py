@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,12 @@ from tvm_ops.ops import (
     bitserial_conv2d,
     bitserial_gemm,
     bitweight_conv2d,
+    byte_conv2d,
     implicit_gemm,
     max_pool2d,
     stacked_conv2d,
 )
-from tvm_ops.ops.bitserial_conv2d import Geometry, Product
+from tvm_ops.ops.bitserial_conv2d import Border, Geometry, Product
 from tvm_ops.ops.stacked_conv2d import Stack
 from tvm_ops.output_transform import Step
 
@@ -132,21 +133,28 @@ class Sum:
     def product(self) -> Product:
         return Product(self.geometry, self.codes.code, self.code)
 
+    _kind: ClassVar[str] = "bitserial_conv2d"
+
+    def _border(self, values: Array, product: Product) -> Border:
+        return bitserial_conv2d.border(values, product)
+
+    def _add(self, x: Any, weight: Any, product: Product) -> Any:
+        return bitserial_conv2d.popcounts(x, weight, product)
+
     def words(self, steps: Sequence[Step]) -> relax.Expr:
         if self.emitter.target.gpu is not None:
             return self._words_by_gemm(steps)
-        flip, edge, bounds = bitserial_conv2d.bit_threshold(self.weights, self.product, steps)
+        flip, edge, bounds = bitserial_conv2d.bit_threshold(self.weights, self.product, steps, self._border)
         weight, unpack = self._weight(flip, bounds.shape[-1])
         most = bitserial_conv2d.octet_thresholds(bounds, self.product) if weight[0].dtype == np.uint8 else bounds
 
         def compute(x: Any, *tensors: Any) -> Any:
             stored, rest = tensors[: len(weight)], tensors[len(weight) :]
-            return bitserial_conv2d.compute_bits(self.product, edge, x, unpack(*stored), *rest)
+            return bitserial_conv2d.compute_bits(self.product, edge, x, unpack(*stored), *rest, add=self._add)
 
         x, rest = self._operands()
-        return self.emitter.te(
-            "bitserial_conv2d_bits", compute, x, *weight, *rest, most, op_pattern=OPAQUE, estimated_flops=self._flops
-        )
+        kind = f"{self._kind}_bits"
+        return self.emitter.te(kind, compute, x, *weight, *rest, most, op_pattern=OPAQUE, estimated_flops=self._flops)
 
     @property
     def _flops(self) -> int:
@@ -155,19 +163,19 @@ class Sum:
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
         if self.emitter.target.gpu is not None:
             return self._stepped_by_gemm(steps, finish)
-        edge = bitserial_conv2d.border(self.weights, self.product)
+        edge = self._border(self.weights, self.product)
         filters = len(self.weights)
         weight, unpack = self._weight(np.ones(filters, np.int8), filters)
         constants = bitserial_conv2d.float_constants(edge, steps)
 
         def compute(x: Any, *tensors: Any) -> Any:
             stored, rest = tensors[: len(weight)], tensors[len(weight) :]
-            return bitserial_conv2d.compute_float(self.product, edge, steps, x, unpack(*stored), *rest, finish=finish)
+            return bitserial_conv2d.compute_float(
+                self.product, edge, steps, x, unpack(*stored), *rest, finish=finish, add=self._add
+            )
 
         x, rest = self._operands()
-        out = self.emitter.te(
-            "bitserial_conv2d", compute, x, *weight, *rest, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE
-        )
+        out = self.emitter.te(self._kind, compute, x, *weight, *rest, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE)
         return _from_pixels(self.emitter, out, self.shape)
 
     def _words_by_gemm(self, steps: Sequence[Step]) -> relax.Expr:
@@ -234,6 +242,29 @@ class Sum:
             return bitserial_conv2d.nonzeros(x, self.product)
 
         return words, [self.emitter.te("nonzeros", compute, words)]
+
+
+@dataclass(frozen=True, eq=False)
+class ByteSum(Sum):
+    """The same sums by products of bytes."""
+
+    form: byte_conv2d.Form
+
+    _kind: ClassVar[str] = "byte_conv2d"
+
+    def _border(self, values: Array, product: Product) -> Border:
+        return bitserial_conv2d.shifted(values, product)
+
+    def _add(self, x: Any, weight: Any, product: Product) -> Any:
+        return byte_conv2d.sums(x, weight, product, self.form)
+
+    def _weight(self, flip: Array, filters: int) -> tuple[list[Array], Finish]:
+        values = self.weights * flip.reshape(-1, 1, 1, 1)
+        values = np.pad(values, [(0, filters - len(flip)), (0, 0), (0, 0), (0, 0)])
+        return [byte_conv2d.pack_weight(values, self.form)], lambda weight: weight
+
+    def _words(self) -> relax.Expr:
+        return _as_map(self.emitter, self.codes.patterns(), self.codes.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,7 +335,7 @@ class RealSum:
         return Real(self.emitter, self.stepped(()), self.shape).words(steps)
 
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
-        x = _as_pixels(self.emitter, self.of)
+        x = _as_map(self.emitter, self.of.real(), self.of.shape)
         out = self._sums(x, steps, finish) if self.emitter.target.gpu is None else self._gemm(x, steps, finish)
         return _from_pixels(self.emitter, out, self.shape)
 
@@ -347,16 +378,15 @@ class FloatSum:
         def compute(*tensors: Any) -> Any:
             return implicit_gemm.compute(self.geometry, steps, *tensors, finish=finish)
 
-        x = _as_pixels(self.emitter, self.of)
+        x = _as_map(self.emitter, self.of.real(), self.of.shape)
         rows, constants = implicit_gemm.rows(self.weights), [step.value for step in steps]
         out = self.emitter.te("gemm", compute, x, rows, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE)
         return _from_pixels(self.emitter, out, self.shape)
 
 
-def _as_pixels(emitter: Emitter, value: Value) -> relax.Expr:
-    """A tensor as a map; [N, C] as one of 1x1 pixels."""
-    x = value.real()
-    return emitter.op(relax.op.reshape(x, (value.shape[0], 1, 1, value.shape[1]))) if len(value.shape) == 2 else x
+def _as_map(emitter: Emitter, x: relax.Expr, shape: Shape) -> relax.Expr:
+    """[N, C] as a map of one pixel; a map as it is."""
+    return emitter.op(relax.op.reshape(x, (shape[0], 1, 1, shape[1]))) if len(shape) == 2 else x
 
 
 def _from_pixels(emitter: Emitter, out: relax.Expr, shape: Shape) -> relax.Expr:
@@ -430,6 +460,7 @@ class Codes:
     code: Code
     pattern: Finish
     _words: list[relax.Expr] = field(default_factory=list)
+    _patterns: list[relax.Expr] = field(default_factory=list)
 
     @property
     def shape(self) -> Shape:
@@ -444,12 +475,18 @@ class Codes:
             self._words.append(words)
         return self._words[0]
 
+    def patterns(self) -> relax.Expr:
+        """uint8, in the shape of the floats."""
+        if not self._patterns:
+            self._patterns.append(self.of.finished(self.pattern))
+        return self._patterns[0]
+
     def _packed(self) -> relax.Expr:
         def compute(x: Any) -> Any:
             pack = bitpack.compute_planes if self.emitter.target.gpu is None else bitpack.compute_planes_by_lanes
             return pack(x, self.code.bits)
 
-        return self.emitter.te("bitpack_planes", compute, self.of.finished(self.pattern), op_pattern=OPAQUE)
+        return self.emitter.te("bitpack_planes", compute, self.patterns(), op_pattern=OPAQUE)
 
     def real(self) -> relax.Expr:
         """The integers as floats, for a layer whose weights are none."""

@@ -12,11 +12,22 @@ from importlib import import_module
 
 from targets._gpu import Gpu, capability
 from targets._gpu import missing as missing_gpu
-from targets._target import ByteCounter, BytePopcount, ShiftInsert, Target, cores, cpu_features, cpu_name, cpu_part
+from targets._target import (
+    ByteCounter,
+    BytePopcount,
+    ByteProduct,
+    ShiftInsert,
+    Target,
+    cores,
+    cpu_features,
+    cpu_name,
+    cpu_part,
+)
 
 __all__ = [
     "ByteCounter",
     "BytePopcount",
+    "ByteProduct",
     "Gpu",
     "ShiftInsert",
     "Target",

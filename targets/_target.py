@@ -46,6 +46,24 @@ class ByteCounter:
 
 
 @dataclass(frozen=True)
+class ByteProduct:
+    """The instructions that `tvm_ops.byte_products` multiplies with: LLVM's intrinsics.
+
+    Attributes:
+        lanes: 32-bit lanes of its vectors.
+        quads: that which adds four products of unsigned and signed bytes to every lane, exactly; '' without it.
+        pairs: that which sums two such products to 16 bits, saturated.
+        words: that which sums two products of 16-bit words to 32 bits.
+    """
+
+    name: str
+    lanes: int
+    quads: str
+    pairs: str
+    words: str
+
+
+@dataclass(frozen=True)
 class BytePopcount:
     """A popcount of 128-bit vectors that counts bytes, and how `tvm_ops.byte_sums` adds those up.
 
@@ -132,6 +150,7 @@ class Target:
         cpu_part: 'CPU part' of /proc/cpuinfo (ARM), by which `host` tells cores with equal features apart.
         byte_counter: what to count with instead, if a vector popcount is slow.
         byte_popcount: what to add counts with, if a vector popcount counts bytes.
+        byte_product: what to multiply codes of many bits with, instead of their planes.
         shift_insert: what to gather comparisons with, if no instruction makes a word of them.
         sign_bits: LLVM's intrinsic that makes a word of the signs of 32 bytes, if there is one.
         gpu: where the kernels run, if not on the CPU that the other fields describe.
@@ -155,6 +174,7 @@ class Target:
     cpu_part: str = ""
     byte_counter: ByteCounter | None = None
     byte_popcount: BytePopcount | None = None
+    byte_product: ByteProduct | None = None
     shift_insert: ShiftInsert | None = None
     sign_bits: str = ""
     gpu: Gpu | None = None
@@ -174,7 +194,7 @@ class Target:
 
     def without_intrinsics(self) -> Target:
         """The target without instructions that only LLVM can name: for C source, or where a GPU does the work."""
-        return replace(self, byte_counter=None, byte_popcount=None, shift_insert=None, sign_bits="")
+        return replace(self, byte_counter=None, byte_popcount=None, byte_product=None, shift_insert=None, sign_bits="")
 
     def with_gpu(self, gpu: Gpu) -> Target:
         """The target of a GPU beside this CPU, named after its architecture."""

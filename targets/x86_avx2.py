@@ -1,6 +1,7 @@
 """x86-64 with AVX2: what every desktop and server core since 2013 (Haswell, Zen 1) runs."""
 
 from targets._target import ByteCounter, Target
+from targets._x86 import AVX2
 
 TARGET = Target(
     name="x86-avx2",
@@ -25,4 +26,5 @@ TARGET = Target(
         quad_sum="llvm.x86.avx2.pmadd.wd",
         look_up="llvm.x86.avx2.pshuf.b",
     ),
+    byte_product=AVX2,
 )

@@ -1,6 +1,7 @@
 """x86-64 with AVX-512 and VPOPCNTDQ: Ice Lake, Sapphire Rapids, Zen 4, Zen 5."""
 
 from targets._target import Target
+from targets._x86 import AVX512VNNI
 
 TARGET = Target(
     name="x86-avx512",
@@ -20,4 +21,5 @@ TARGET = Target(
     gnu_triple="x86_64-linux-gnu",
     zig_triple="x86_64-linux-gnu",
     sign_bits="llvm.x86.avx2.pmovmskb",
+    byte_product=AVX512VNNI,
 )

@@ -1,6 +1,7 @@
 """x86-64 with AVX-512 but no vector popcount: Skylake-X, Cascade Lake, Cooper Lake."""
 
 from targets._target import ByteCounter, Target
+from targets._x86 import AVX512BW
 
 TARGET = Target(
     name="x86-avx512bw",
@@ -25,4 +26,5 @@ TARGET = Target(
         quad_sum="llvm.x86.avx512.pmaddw.d.512",
         look_up="llvm.x86.avx512.pshuf.b.512",
     ),
+    byte_product=AVX512BW,
 )

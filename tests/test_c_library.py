@@ -89,9 +89,10 @@ def stacked(rng: np.random.Generator) -> nn.Module:
     return model
 
 
-def from_pixels(_: np.random.Generator) -> nn.Module:
-    quantize = Quantize(group=4, first=True, last=True)
-    model = models.build("vgg_small", (3, 8, 8), 10, quantize, widths=(24, 33, 64), pool_after=(0, 2))
+def from_pixels(rng: np.random.Generator) -> nn.Module:
+    """Filters of the first layer that make vectors of products of bytes, or do not."""
+    quantize, first = Quantize(group=4, first=True, last=True), int(rng.choice([27, 32]))
+    model = models.build("vgg_small", (3, 8, 8), 10, quantize, widths=(first, 33, 64), pool_after=(0, 2))
     model.shape = (3, 8, 8)  # type: ignore[assignment]
     return model
 

@@ -260,7 +260,7 @@ def test_a_cpu_without_the_instructions(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cpu", ["Nehalem", "qemu64"])
-@pytest.mark.parametrize("name", ["x86-avx2", "x86-avx512bw", "x86-avx512"])
+@pytest.mark.parametrize("name", ["x86-avx2", "x86-avx512bw", "x86-avx512vnni", "x86-avx512"])
 def test_an_old_cpu(name: str, cpu: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver itself has no instruction that such a CPU lacks: it lives to say so."""
     if shutil.which("qemu-x86_64") is None:

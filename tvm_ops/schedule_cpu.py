@@ -16,10 +16,10 @@ import math
 import operator
 from typing import Any
 
-from targets import ByteCounter, BytePopcount, Target
-from tvm_ops import adder_network, byte_sums
+from targets import ByteCounter, BytePopcount, ByteProduct, Target
+from tvm_ops import adder_network, byte_products, byte_sums
 from tvm_ops.bitplanes import WORD_BITS
-from tvm_ops.ops import bitpack, bitserial_conv2d, bitweight_conv2d, float_conv2d
+from tvm_ops.ops import bitpack, bitserial_conv2d, bitweight_conv2d, byte_conv2d, float_conv2d
 
 _DATA_PARALLEL, _REDUCTION = 0, 2
 # A fork and join of TVM's thread pool takes some 5 us, in which a core does about this many vector operations.
@@ -200,8 +200,9 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     unit = WORD_BITS if packs else 1  # so many channels make one step of the writer's last loop
     unpacks = sch.get(main).name_hint == bitweight_conv2d.BLOCK
     of_floats = sch.get(main).name_hint == float_conv2d.BLOCK
+    of_bytes = sch.get(main).name_hint == byte_conv2d.BLOCK and int(sch.get(main).annotations["filters"])
     octets = _octets(sch, main)
-    whole = octets or (WORD_BITS if packs or unpacks else 1)  # and so many stay together
+    whole = octets or of_bytes or (WORD_BITS if packs or unpacks else 1)  # and so many stay together
     work = math.prod(_extents(sch, sch.get_loops(main))) // target.lanes
 
     *outer, channel = sch.get_loops(writer)
@@ -225,7 +226,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     channel_outer, inner[-1] = sch.split(channel, [None, inner[-1]])
     outer.append(channel_outer)
     shared = outer
-    if (unpacks or of_floats or octets) and math.prod(extents) >= _MANY_PIXELS:
+    if (unpacks or of_floats or of_bytes or octets) and math.prod(extents) >= _MANY_PIXELS:
         # Filters first: a tile of them is unpacked once for all pixels, or stays in the nearest cache.
         outer = [channel_outer, *outer[:-1]]
         shared = outer[:1] if unpacks else outer
@@ -249,6 +250,9 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     network = counter and _window(sch, main, lanes, octets or counter.lanes, most)
     if popcount and in_bytes:
         _sum_bytes(sch, main, spatial, reduction, in_bytes, popcount, whole, target)
+        spatial = []
+    elif of_bytes and target.byte_product:
+        _multiply_bytes(sch, main, spatial, reduction, target.byte_product, wide)
         spatial = []
     elif counter and network:
         _count_bytes(sch, main, spatial, reduction, network, counter)
@@ -383,6 +387,34 @@ def _sum_bytes(
     stride = int(sch.get(main).annotations["strides"][1])
     tile = byte_sums.Tile(window, columns, stride, lanes // byte_sums.LANES)
     sch.tensorize(columns_inside, byte_sums.intrinsic(popcount, tile))
+
+
+def _multiply_bytes(
+    sch: Any, main: Any, spatial: list[Any], reduction: list[Any], product: ByteProduct, most_columns: int
+) -> None:
+    """A register tile of pixels and a block of filters at a time, as much of the window as 16 bits hold."""
+    marks = sch.get(main).annotations
+    filters, most, step, dilation = (int(marks[name]) for name in ("filters", "most", "step", "dilation"))
+    form = byte_conv2d.Form(str(marks["kind"]), product.lanes, most)  # type: ignore[arg-type]
+    *pixels, column, channel = spatial
+    columns = _largest_divisor(_extents(sch, [column])[0], most_columns)
+    column, columns_inside = sch.split(column, [None, columns])
+    block, lane = sch.split(channel, [None, filters])
+    row, group, neighbour = reduction
+    heights, widths = _extents(sch, [row, group])
+    groups = _largest_divisor(widths, most or widths)
+    rows = _largest_divisor(heights, most // groups if most else heights) if groups == widths else 1
+    row, rows_inside = sch.split(row, [None, rows])
+    group, groups_inside = sch.split(group, [None, groups])
+    sch.reorder(*pixels, column, block, row, group, columns_inside, rows_inside, groups_inside, lane, neighbour)
+    initial = sch.decompose_reduction(main, row)
+    *_, pixel, filter_ = sch.get_loops(initial)
+    vector, lane = sch.split(filter_, [None, product.lanes])
+    sch.unroll(pixel)
+    sch.unroll(vector)
+    sch.vectorize(lane)
+    tile = byte_products.Tile(form, filters, columns, step, rows, dilation, groups)
+    sch.tensorize(columns_inside, byte_products.intrinsic(product, tile))
 
 
 def _last_axes(extents: list[int]) -> list[int]:

@@ -382,14 +382,15 @@ def compute_float(
     weight: Any,
     *rest: Any,
     finish: Callable[[Any], Any] = lambda value: value,
+    add: Callable[[Any, Any, Product], Any] = popcounts,
 ) -> Any:
     """The sums through the steps and ``finish``: [N, OH, OW, O].
 
-    rest: `nonzeros` where ``product.nonzeros``, then the constants of `float_constants`.
+    rest: `nonzeros` where ``product.nonzeros``, then the constants of `float_constants`. add: what makes S.
     """
     from tvm import te, tirx
 
-    sums = popcounts(x, weight, product)
+    sums = add(x, weight, product)
     counts, (table, *values) = (rest[:1], rest[1:]) if product.nonzeros else ([], rest)
 
     def value(n: Any, h: Any, w: Any, o: Any) -> Any:
@@ -402,7 +403,10 @@ def compute_float(
 
 
 def bit_threshold(
-    values: NDArray[Any], product: Product, steps: Sequence[Step]
+    values: NDArray[Any],
+    product: Product,
+    steps: Sequence[Step],
+    edge_of: Callable[[NDArray[Any], Product], Border] = border,
 ) -> tuple[NDArray[np.int8], Border, NDArray[np.int32]]:
     """Which filters are stored negated (-1), and the border and the thresholds of `compute_bits` for those.
 
@@ -411,22 +415,29 @@ def bit_threshold(
     """
     filters = len(values)
     threshold = output_transform.integer_threshold(steps, filters, product.limit(values[0].size))
-    edge = border(values * threshold.flip.reshape(-1, 1, 1, 1), product)
+    edge = edge_of(values * threshold.flip.reshape(-1, 1, 1, 1), product)
     most = edge.values - threshold.at
     most = most if product.nonzeros else most // product.factor
     most = np.pad(most, [(0, 0), (0, 0), (0, -filters % WORD_BITS)], constant_values=_NEVER)
     return threshold.flip, edge, most.astype(np.int32)
 
 
-def compute_bits(product: Product, edge: Border, x: Any, weight: Any, *rest: Any) -> Any:
+def compute_bits(
+    product: Product,
+    edge: Border,
+    x: Any,
+    weight: Any,
+    *rest: Any,
+    add: Callable[[Any, Any, Product], Any] = popcounts,
+) -> Any:
     """The next layer's bits, uint32 [N, OH, OW, 1, O / 32].
 
     weight: with the flips of `bit_threshold`, filled up to whole words. rest: `nonzeros` where ``product.nonzeros``,
-    then the thresholds; `octet_thresholds` where the weights are `octets`.
+    then the thresholds; `octet_thresholds` where the weights are `octets`. add: what makes S.
     """
     from tvm import te
 
-    sums = popcounts(x, weight, product)
+    sums = add(x, weight, product)
     *counts, most = rest
     n, oh, ow, filters = sums.shape
 
