@@ -238,6 +238,7 @@ def test_networks(name: str, draw: int, rng: np.random.Generator, tmp_path: Path
     )
 
 
+@pytest.mark.slow
 @ON_TARGETS
 def test_the_stem_of_resnet18(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
     """A 7x7 layer of stride 2, a float pool behind it."""
@@ -250,11 +251,9 @@ def test_the_stem_of_resnet18(name: str, rng: np.random.Generator, tmp_path: Pat
         np.testing.assert_allclose(other, by_torch, rtol=0, atol=1e-5 * np.abs(by_torch).max())
 
 
-def test_an_8_bit_layer_compiles_for_every_cpu(tmp_path: Path) -> None:
-    """Those without products of bytes count planes."""
+def test_cpus_without_products_of_bytes_count_planes(tmp_path: Path) -> None:
     export(QuantConv2d(3, 32, 3, activation="pixels"), (3, 9, 8), tmp_path / "model.onnx")
     for target in (t for t in map(targets.load, targets.names()) if t.gpu is None and t.tvm_runtime):
         lowered = compiler.lower(importer.load(tmp_path / "model.onnx", 1, target))
         kinds = [variable.name_hint for variable in lowered.get_global_vars()]
         assert any("byte_conv2d" in kind for kind in kinds) == (target.byte_product is not None), (target.name, kinds)
-        compiler.build(lowered, target, 1)
