@@ -34,5 +34,10 @@ NEON_32 = BytePopcount(
     widen="llvm.arm.neon.vpaddlu.v4i32.v8i16",
 )
 
-SLI = ShiftInsert("llvm.aarch64.neon.vsli.v4i32", amounts=False)
-SLI_32 = ShiftInsert("llvm.arm.neon.vshiftins.v4i32", amounts=True)
+# How many pixels, and which of the forms: what takes fewest cycles in LLVM's models of the A72, the A53 and the A9.
+_SLI, _ADDP = "llvm.aarch64.neon.vsli.v4i32", "llvm.aarch64.neon.addp.v4i32"
+SLI = ShiftInsert(_SLI, amounts=False, pairs=_ADDP, lanes=4, pixels=14, fenced=True)
+SLI_IN_ORDER = ShiftInsert(_SLI, amounts=False, pairs=_ADDP, lanes=4, pixels=8, chained=True)
+SLI_32 = ShiftInsert(
+    "llvm.arm.neon.vshiftins.v4i32", amounts=True, pairs="llvm.arm.neon.vpadd.v2i32", lanes=2, pixels=1
+)

@@ -112,15 +112,27 @@ class BytePopcount:
 
 @dataclass(frozen=True)
 class ShiftInsert:
-    """An instruction that shifts the lanes of a vector left, over the low bits of another's.
+    """An instruction that shifts the lanes of a vector left, over the low bits of another's, and how
+    `tvm_ops.ops.bitpack` makes words with it.
 
     Attributes:
         intrinsic: LLVM's name of it, for four lanes of 32 bits.
         amounts: whether it takes an amount for every lane.
+        pairs: LLVM's name of that which adds neighbouring lanes of two vectors.
+        lanes: 32-bit lanes of those, 2 or 4: so many words are made at once.
+        pixels: how many are packed in straight code, at most.
+        chained: whether each comparison is inserted into the next one, and not in pairs, pairs of pairs and so on:
+            fewer registers, but longer for a core that runs ahead.
+        fenced: whether LLVM, which would spill, is kept from mixing the words of two stores.
     """
 
     intrinsic: str
     amounts: bool
+    pairs: str
+    lanes: int
+    pixels: int
+    chained: bool = False
+    fenced: bool = False
 
     def insert(self, high: Any, bits: int, low: Any) -> Any:
         """uint32x4: ``bits`` bits of ``low``, and above them those of ``high``."""
@@ -129,6 +141,18 @@ class ShiftInsert:
         amount = tirx.const(bits, "int32")
         amount = tirx.Broadcast(amount, 4) if self.amounts else amount
         return tirx.call_llvm_pure_intrin("uint32x4", self.intrinsic, low, high, amount)
+
+    def sums(self, vectors: list[Any]) -> Any:
+        """The sums of the lanes of up to ``lanes`` vectors of uint32x4, one in each lane."""
+        from tvm import tirx
+
+        parts = [*vectors, *[vectors[-1]] * (self.lanes - len(vectors))]
+        if self.lanes == 2:
+            parts = [tirx.Shuffle([vector], [first, first + 1]) for vector in parts for first in (0, 2)]
+        while len(parts) > 1:
+            neighbours = zip(parts[::2], parts[1::2], strict=True)
+            parts = [tirx.call_llvm_pure_intrin(f"uint32x{self.lanes}", self.pairs, *pair) for pair in neighbours]
+        return parts[0]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """ARM Cortex-A53, in order: Raspberry Pi 3 and Zero 2, i.MX 8M, Zynq UltraScale+."""
 
-from targets._neon import NEON, SLI
+from targets._neon import NEON, SLI_IN_ORDER
 from targets._target import Target
 
 TARGET = Target(
@@ -19,5 +19,5 @@ TARGET = Target(
     zig_triple="aarch64-linux-gnu",
     cpu_part="0xd03",
     byte_popcount=NEON,
-    shift_insert=SLI,
+    shift_insert=SLI_IN_ORDER,
 )

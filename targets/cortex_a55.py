@@ -1,6 +1,6 @@
 """ARM Cortex-A55, in order, with dot products: RK3568, i.MX 93, little cores of phones."""
 
-from targets._neon import NEON_DOT, SLI
+from targets._neon import NEON_DOT, SLI_IN_ORDER
 from targets._target import Target
 
 TARGET = Target(
@@ -19,5 +19,5 @@ TARGET = Target(
     zig_triple="aarch64-linux-gnu",
     cpu_part="0xd05",
     byte_popcount=NEON_DOT,
-    shift_insert=SLI,
+    shift_insert=SLI_IN_ORDER,
 )

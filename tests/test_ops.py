@@ -656,7 +656,7 @@ def test_bitpack_on_an_emulated_core(name: str, bounds: str, rng: np.random.Gene
         return np.where(rng.random(of) < 0.3, rng.choice(special, of), usual)
 
     for channels in {1, 4, 64, 96, 32 + 4 * int(rng.integers(1, 8)), int(rng.integers(1, 130))}:
-        shape = (int(rng.integers(1, 3)), int(rng.integers(1, 9)), channels)
+        shape = (int(rng.integers(1, 3)), int(rng.integers(1, 17)), channels)
         print(shape)
         x, low, high = values(*shape), values(channels), values(channels)
         of_bounds = [low] if bounds == "low" else [low, high]

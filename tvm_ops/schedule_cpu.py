@@ -110,7 +110,7 @@ def _schedule_map(sch: Any, block: Any, target: Target, threads: int) -> None:
         return
     elements = math.prod(extents) * (WORD_BITS if _packs(sch, block) else 1)
     if _packs(sch, block):  # already written in vectors
-        loops = _hold_bounds(sch, block, target) if target.shift_insert else loops
+        loops = _hold_bounds(sch, block, target, target.shift_insert.pixels) if target.shift_insert else loops
     elif sch.get(block).name_hint == bitserial_conv2d.SPREAD and target.byte_counter:
         words = _largest_divisor(extents[-1] // 4, target.lanes // 4)
         *loops, inner = loops
@@ -125,16 +125,16 @@ def _schedule_map(sch: Any, block: Any, target: Target, threads: int) -> None:
     _share(sch, loops, _MAP_STEPS * elements // target.lanes, threads)
 
 
-def _hold_bounds(sch: Any, block: Any, target: Target) -> list[Any]:
-    """Pack a row of pixels for a few words at a time, whose bounds stay in half of the registers, and a few pixels in
-    straight code. Returns the loops that threads may share."""
+def _hold_bounds(sch: Any, block: Any, target: Target, pixels: int) -> list[Any]:
+    """Pack a row of pixels for a few words at a time, whose bounds stay in half of the registers, and up to ``pixels``
+    in straight code. Returns the loops that threads may share."""
     *outer, word = sch.get_loops(block)
     extents = _extents(sch, outer)
     row = max((i for i, extent in enumerate(extents) if extent > 1), default=0)
     bounds = max(1, len(sch.get(block).reads) - 1) * WORD_BITS // target.lanes
     held = _largest_divisor(_extents(sch, [word])[0], target.registers // 2 // bounds)
     word, words_inside = sch.split(word, [None, held])
-    outer[row], pixels_inside = sch.split(outer[row], [None, _largest_divisor(extents[row], target.registers // 8)])
+    outer[row], pixels_inside = sch.split(outer[row], [None, _largest_divisor(extents[row], pixels)])
     sch.reorder(word, *outer[row:], pixels_inside, words_inside)
     sch.unroll(pixels_inside)
     sch.unroll(words_inside)

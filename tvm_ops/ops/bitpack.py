@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from targets import ShiftInsert
 from tvm_ops.bitplanes import WORD_BITS
+from tvm_ops.cuda.tir import replaced
 from tvm_ops.output_transform import Threshold
 
 BLOCK = "pack_words"
@@ -180,12 +182,13 @@ def with_masks(function: Any, sign_bits: str) -> Any:
 def with_shifts(function: Any, shift: ShiftInsert) -> Any:
     """A scheduled function whose packings (`pack`) of whole vectors of four lanes gather by ``shift``.
 
-    Lane l of vector j decides bit 4 j + l. A comparison is all ones or all zeros, so shifts by 4, 8 and 16 make one
-    vector of eight, each a nibble of equal bits of every lane; of a nibble, a lane gives its own bit. That is 8
-    operations a word instead of 15 with selected powers of two.
+    Lane l of vector j decides bit 4 j + l. A comparison is all ones or all zeros, so shifts by 4, 8 and 16 (or by 4, in
+    a chain) make one vector of eight, each a nibble of equal bits of every lane; of a nibble, a lane gives its own bit.
+    That is 8 operations a word instead of 15 with selected powers of two. Additions of neighbours then make a vector
+    of the words of unrolled loops.
     """
     import tvm_ffi
-    from tvm import DataType, ir, tirx
+    from tvm import DataType, ir, s_tir, tirx
 
     def fence(value: Any) -> Any:  # LLVM would take single bits of comparisons apart, and words of stores together
         dtype = str(value.ty.dtype)
@@ -193,28 +196,59 @@ def with_shifts(function: Any, shift: ShiftInsert) -> Any:
         fenced = tirx.call_llvm_pure_intrin(floats, "llvm.arithmetic.fence", tirx.reinterpret(floats, value))
         return tirx.reinterpret(dtype, fenced)
 
-    def gather(call: Any) -> Any:
-        if not _gathers(call):
-            return call
+    def gathers(value: Any) -> bool:
+        """Whether it is a `pack` of whole vectors."""
+        if not isinstance(value, ir.Call) or not _gathers(value):
+            return False
+        return DataType(str(value.args[1].ty.dtype)).lanes % _LANES == 0
+
+    def own_bits(call: Any) -> Any:
+        """A vector of four lanes whose sum is the word."""
         chosen = call.args[1]
         count = DataType(str(chosen.ty.dtype)).lanes
-        if count % _LANES:
-            return call
         ones, zeros = (tirx.Broadcast(tirx.const(bits, "uint32"), count) for bits in (0xFFFFFFFF, 0))
         masks = fence(tirx.Select(chosen.condition, ones, zeros))
 
         def merged(first: int, vectors: int) -> Any:
             if vectors == 1:
                 return tirx.Shuffle([masks], list(range(_LANES * first, _LANES * (first + 1))))
-            low = 1 << ((vectors - 1).bit_length() - 1)  # a power of two: all its bits are in place
+            low = 1 if shift.chained else 1 << ((vectors - 1).bit_length() - 1)  # a power of two: its bits are in place
             return shift.insert(merged(first + low, vectors - low), _LANES * low, merged(first, low))
 
         own = tirx.const(0x11111111 & ((1 << count) - 1), "uint32")
         lanes = tirx.Ramp(tirx.const(0, "uint32"), tirx.const(1, "uint32"), _LANES)
-        bits = merged(0, count // _LANES) & tirx.shift_left(tirx.Broadcast(own, _LANES), lanes)
-        return fence(tirx.call_llvm_pure_intrin("uint32", "llvm.vector.reduce.add", bits))
+        return merged(0, count // _LANES) & tirx.shift_left(tirx.Broadcast(own, _LANES), lanes)
 
-    return function.with_body(tvm_ffi.structural_map(function.body, (ir.Call, gather)))
+    def together(loop: Any) -> Any:
+        """Unrolled loops around a packing, as straight code whose words are stored by vectors."""
+        loops, block = [], loop
+        while isinstance(block, tirx.For) and block.kind == tirx.ForKind.UNROLLED:
+            loops.append(block)
+            block = block.body
+        if not isinstance(block, s_tir.SBlockRealize) or not gathers(getattr(block.block.body, "value", None)):
+            return loop
+        store = replaced(block.block.body, [axis.var for axis in block.block.iter_vars], block.iter_values)
+        variables = [each.loop_var for each in loops]
+        places = itertools.product(*(range(int(each.extent)) for each in loops))
+        stores = [replaced(store, variables, [tirx.const(i, "int32") for i in place]) for place in places]
+        straight: list[Any] = []
+        for first in range(0, len(stores), shift.lanes):
+            group = stores[first : first + shift.lanes]
+            words = ir.Var("words", f"uint32x{shift.lanes}")
+            straight.append(tirx.Bind(words, shift.sums([own_bits(each.value) for each in group])))
+            for lane, each in enumerate(group):
+                straight.append(tirx.BufferStore(each.buffer, tirx.Shuffle([words], [lane]), each.indices))
+            if shift.fenced:
+                straight.append(tirx.Evaluate(tirx.call_llvm_intrin("int32", "llvm.fake.use", words)))
+        return tirx.SeqStmt(straight)
+
+    def alone(call: Any) -> Any:
+        if not gathers(call):
+            return call
+        return fence(tirx.call_llvm_pure_intrin("uint32", "llvm.vector.reduce.add", own_bits(call)))
+
+    body = tvm_ffi.structural_map(function.body, (tirx.For, together), order="pre")
+    return function.with_body(tvm_ffi.structural_map(body, (ir.Call, alone)))
 
 
 def _gathers(call: Any) -> bool:
