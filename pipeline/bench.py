@@ -48,14 +48,14 @@ class Bench(_Record):
 
     Attributes:
         cpu: what ran, with the GPU before it where one did.
-        emulated: times are those of an emulator, and say nothing about the CPU.
+        emulated: times are those of an emulator, and say nothing about the CPU; None where the board does not know.
         board: where it was measured, over RPC, by the board's clock; None for this machine.
     """
 
     cpu: str
     threads: int
     date: str
-    emulated: bool
+    emulated: bool | None
     board: str | None = None
     measurements: tuple[Measurement, ...]
 
@@ -160,7 +160,7 @@ def bench(
         cpu=(board.cpu or "unknown CPU") if board else " and ".join([*_gpu_name(sessions), targets.cpu_name()]),
         threads=threads,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        emulated=board is not None and board.emulated,
+        emulated=board.emulated if board else False,
         board=str(board) if board else None,
         measurements=tuple(_measurement(s, times) for s, times in zip(subjects, seconds, strict=True)),
     )

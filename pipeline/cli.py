@@ -250,22 +250,19 @@ def tune(
     folder = tuning.records_folder(records, chosen, threads)
     lowered, board, waiting = compiler.lower(importer.load(model, batch, chosen)), _board_address(rpc, key), 0
 
-    def warn(sentence: str) -> None:
-        err.print(escape(sentence), highlight=False, soft_wrap=True)
-
     with _progress("tuning") as advance:
 
         def on_trial(kernel: str, done: int, total: int) -> None:
             advance(done, total, kernel)
 
         if carry is None:
-            tuned = tuning.tune(lowered, chosen, threads, folder, trials, seed, on_trial, warn, board)
+            tuned = tuning.tune(lowered, chosen, threads, folder, trials, seed, on_trial, _warn, board)
         elif board is not None:
             raise ValueError("--carry and --rpc are two ways to a machine: give one of them")
         else:
-            tuned, waiting = tuning.tune_gpu(lowered, chosen, threads, folder, trials, seed, on_trial, warn, carry)
+            tuned, waiting = tuning.tune_gpu(lowered, chosen, threads, folder, trials, seed, on_trial, _warn, carry)
     if waiting:
-        warn(
+        _warn(
             f"{waiting} candidates in {carry} wait to be measured: `python {carry}/run.py` on a machine with the GPU, "
             "NVIDIA's driver and NumPy, then bring the folder back and run this command again"
         )
@@ -340,6 +337,8 @@ def _board(rpc: str | None, key: str | None) -> Iterator[Board | None]:
         yield None
         return
     with closing(Board(*address)) as board:
+        if board.unknown is not None:
+            _warn(board.unknown)
         yield board
 
 
@@ -713,6 +712,10 @@ def _toml_value(text: str) -> Any:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
+
+
+def _warn(sentence: str) -> None:
+    err.print(escape(sentence), highlight=False, soft_wrap=True)
 
 
 def _say(word: str, text: str) -> None:

@@ -38,7 +38,8 @@ class Board:
     Attributes:
         machine: 'aarch64', 'armv7l', ...; '' where the server does not know.
         cpu: the core's name and the board's, as far as the server knows; else ''.
-        emulated: whether its server said so; TVM's own does not know.
+        emulated: whether it is; None where its server does not know.
+        unknown: what its server, TVM's own, cannot say, as a sentence; None where it says all.
 
     Raises:
         ValueError: an address that is none, or a key that no board has.
@@ -55,8 +56,14 @@ class Board:
             if info is None:  # TVM's own server
                 self.machine = str(self._answer("target.llvm_get_system_triple") or "").split("-")[0]
                 self.cpu = str(self._answer("target.llvm_get_system_cpu") or "")
-                self.emulated, self._features = False, None
+                self.emulated, self._features = None, None
+                what = "all that its CPU lacks" if self.machine else "what its CPU is or lacks"
+                self.unknown: str | None = (
+                    f"{self} has TVM's own server, which knows neither {what} nor whether it is emulated: "
+                    f"code for another CPU ends it"
+                )
             else:
+                self.unknown = None
                 facts = dict(line.split("=", 1) for line in str(info).splitlines())
                 self.machine, self.emulated = facts["machine"], facts["emulated"] == "yes"
                 self.cpu = " ".join(filter(None, (_core(facts["part"]), facts["model"]))) or self.machine

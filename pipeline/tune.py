@@ -132,7 +132,7 @@ def tune(
         records: the folder of this target; created, or continued.
         trials: candidates per kernel, those already in ``records`` included.
         on_trial: called with the kernel's name, candidates measured so far, and in all.
-        warn: called with a sentence about a candidate that could not be measured, or a board that is emulated.
+        warn: called with a sentence about a candidate that could not be measured, or what is doubtful of a board.
         board: the address of its tracker, and its key.
 
     Raises:
@@ -281,6 +281,15 @@ def _unit(target: Target, threads: int, board: tuple[str, str] | None, warn: Cal
         with closing(Board(*board)) as there, there.errors():
             if reason := there.mismatch(target.machine, target.features):
                 raise ValueError(f"target {target.name} cannot be measured there: {reason}")
+            try:
+                there.function("tvm.contrib.random.random_fill_for_measure")
+            except AttributeError:
+                raise ValueError(
+                    f"{there} cannot make inputs to measure with: start its server without TVM_USE_RUNTIME_LIB, or "
+                    f"with --load-library and the path of tvm/lib/libtvm_runtime_extra.so"
+                ) from None
+            if there.unknown is not None:
+                warn(there.unknown)
             if there.emulated:
                 warn(f"{there} is emulated: the records will not say what is fast on a {target.name}")
         return "us"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import machines
@@ -315,6 +316,60 @@ def test_wrong_commands(command: str, sentence: str, crossbit: Crossbit, model: 
     assert (result.code, result.out) == (2, "")
     (line,) = result.err.splitlines()
     assert line.startswith("error: ") and sentence in line
+
+
+# TVM's own server ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stock(tracker: str, key: str, loads: str = "") -> Iterator[None]:
+    """TVM's server in an emulated Python, as a Cortex-A72; it loads a library of TVM's."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crossbit"
+    folder = cache / f"board-python-{version('apache-tvm')}-{version('apache-tvm-ffi')}"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing, an aarch64 Python with TVM: run `scripts/setup cross`")
+    machines.need(targets.load("cortex-a72"))
+    port = free_port()
+    address = ("--host", "127.0.0.1", "--port", str(port), "--port-end", str(port + 1), "--tracker", tracker)
+    loading = ("--load-library", str(folder / "site" / "tvm" / "lib" / loads)) if loads else ()
+    command = [folder / "python", "-m", "tvm.exec.rpc_server", *address, "--key", key, "--silent", *loading]
+    process = subprocess.Popen(command, env=os.environ | {"QEMU_CPU": "cortex-a72"}, start_new_session=True)
+    try:
+        until(lambda: key in (keys(tracker) or []))
+        yield
+    finally:
+        end(process)
+
+
+def test_the_python_server_of_tvm(
+    crossbit: Crossbit,  # noqa: F811
+    tracker: str,
+    model: Path,
+    compiled: Compiled,
+    tmp_path: Path,
+) -> None:
+    """It does all that ours does, but knows less, and says so."""
+    there, name = ("--rpc", tracker, "--key", "stock"), f"board 'stock' of tracker {tracker}"
+    unknown = f"{name} has TVM's own server, which knows neither what its CPU is or lacks nor whether it is emulated: "
+    with stock(tracker, "stock"):
+        verified = crossbit("verify", compiled("cortex-a72"), *there, "--json")
+        assert (verified.code, verified.json["error"], verified.json["emulated"]) == (0, 0, None)
+        assert verified.err == f"{unknown}code for another CPU ends it\n"
+        tune_there = ("tune", model, "--target", "cortex-a72", "--trials", 2, "--records", tmp_path, *there)
+        refused = crossbit(*tune_there)
+        assert refused.code == 2
+        assert (
+            f"{name} cannot make inputs to measure with: start its server without TVM_USE_RUNTIME_LIB, or"
+            in refused.err
+        )
+        with lent(tracker, "stock") as board, pytest.raises(ConnectionError, match=f"^{name}: went away .* died"):
+            session.verify(board.open(compiled("cortex-a76")))  # dot products, which nothing could refuse
+        until(lambda: "stock" not in (keys(tracker) or []))
+    with stock(tracker, "stock", loads="libtvm_runtime_extra.so"):
+        tuned_there = crossbit(*tune_there, "--json")
+    assert tuned_there.code == 0
+    assert unknown in tuned_there.err
+    assert [(k["unit"], k["trials"]) for k in tuned_there.json] == [("us", 2)] * 2
 
 
 # Tuning ------------------------------------------------------------------------------------------------------------
