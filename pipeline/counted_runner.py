@@ -56,16 +56,17 @@ class Builder(ms.builder.PyBuilder):
 
     def __init__(self, target: Target, seconds: float) -> None:
         super().__init__()
-        self.target = target
+        self.target, self.seconds = target, seconds
         self.pool = PopenPoolExecutor(cores(), timeout=seconds, maximum_process_uses=_USES)
 
     def build(self, build_inputs: list[Any]) -> list[Any]:
         given = [(self.target.name, one.mod, one.target) for one in build_inputs]
         made = self.pool.map_with_error_catching(_build, given)
+        slow = f"it took more than {self.seconds:g} s to build"  # the error of a process that was stopped is empty
         return [
             ms.builder.BuilderResult(one.value, None)
             if one.status == StatusKind.COMPLETE
-            else ms.builder.BuilderResult(None, str(one.value))
+            else ms.builder.BuilderResult(None, slow if one.status == StatusKind.TIMEOUT else str(one.value))
             for one in made
         ]
 

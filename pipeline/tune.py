@@ -503,7 +503,7 @@ def _place(board: tuple[str, str] | None) -> str:
 
 def _last_line(message: Any) -> str:
     """What went wrong, without the traceback above it and the type before it."""
-    line = str(message).strip().splitlines()[-1]
+    line = (str(message).strip() or "it says nothing").splitlines()[-1]
     return line.partition("Error: ")[2] or line
 
 

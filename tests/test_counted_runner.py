@@ -93,6 +93,15 @@ def test_a_candidate_that_fails_says_why(a72: Target, code: str, seconds: float,
 
 
 @pytest.mark.slow
+def test_a_build_that_takes_too_long_says_so(a72: Target, model: Path) -> None:
+    llvm = a72.tvm_target(1)
+    task, *_ = ms.relax_integration.extract_tasks(compiler.lower(importer.load(model, 1, a72)), llvm)
+    builder = counted_runner.Builder(a72, 0.001)
+    (built,) = builder.build([ms.builder.BuilderInput(task.dispatched[0], llvm)])
+    builder.close()
+    assert built.error_msg == "it took more than 0.001 s to build"
+
+
 def test_tuning_counts_where_it_cannot_time(a72: Target, model: Path, rng: np.random.Generator, tmp_path: Path) -> None:
     """The default schedule costs the same cycles every time, and the best record gives the same floats."""
     records, lowered = tune.records_folder(tmp_path, a72, 1), compiler.lower(importer.load(model, 1, a72))
