@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from pipeline import toolchain
 from targets import Target
 
-Kind = Literal["binary", "float"]
+Kind = Literal["binary", "integer", "float"]
 
 _MACS = 50_000_000  # of a run; below a millisecond on a core with vectors of 512 bits
 

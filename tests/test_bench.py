@@ -31,7 +31,7 @@ def test_artifacts_and_onnx_runtime_in_turns(small_artifact: Path, small_model: 
 def test_a_profile_sets_work_beside_time_and_ceiling(small_artifact: Path) -> None:
     found = profile(small_artifact, calls=2)
     manifest = artifact.read(small_artifact)
-    assert (set(found.ceilings), found.no_ceiling) == ({"binary", "float"}, "")
+    assert (set(found.ceilings), found.no_ceiling) == ({"binary", "integer", "float"}, "")
     assert found.ceilings["binary"] > found.ceilings["float"] > 0
     assert len(found.kernels) == len(manifest.calls)
     for number, (kernel, call) in enumerate(zip(found.kernels, manifest.calls, strict=True)):

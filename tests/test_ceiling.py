@@ -14,16 +14,18 @@ from pipeline import ceiling, toolchain
 SOURCE = Path(ceiling.__file__).with_suffix(".c")
 MAIN = """
 #include <stdio.h>
-double binary_macs_per_second(long), float_macs_per_second(long);
-int main(void) { printf("%g %g", binary_macs_per_second(1000), float_macs_per_second(1000)); }
+double binary_macs_per_second(long), integer_macs_per_second(long), float_macs_per_second(long);
+int main(void) {
+  printf("%g %g %g", binary_macs_per_second(1000), integer_macs_per_second(1000), float_macs_per_second(1000));
+}
 """
 
 
 def test_this_machine_has_a_ceiling() -> None:
     loops = ceiling.loops(targets.host())
     rates = {kind: loop() for kind, loop in loops.items()}
-    assert set(rates) == {"binary", "float"}
-    assert 1e8 < rates["float"] < rates["binary"] < 1e14
+    assert set(rates) == {"binary", "integer", "float"}
+    assert 1e8 < rates["float"] < rates["integer"] < rates["binary"] < 1e14
 
 
 @pytest.mark.parametrize("name", ["x86-avx2", "x86-avx512bw", "cortex-a7", "cortex-a72", "cortex-a76"])
@@ -38,16 +40,18 @@ def test_loops_run_on_every_kind_of_vector(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "fma"),
+    ("name", "count", "product", "fma"),
     [
-        ("x86-avx2", "vpshufb .*ymm", "vfmadd.*ymm"),
-        ("x86-avx512bw", "vpshufb .*zmm", "vfmadd.*zmm"),
-        ("x86-avx512", "vpopcntq .*zmm", "vfmadd.*zmm"),
-        ("cortex-a72", r"cnt v\d+\.16b", r"fmla v\d+\.4s"),
-        ("cortex-a7", r"vcnt\.8 q", r"vfma\.f32 q"),
+        ("x86-avx2", "vpshufb .*ymm", "vpmaddubsw .*ymm", "vfmadd.*ymm"),
+        ("x86-avx512bw", "vpshufb .*zmm", "vpmaddubsw .*zmm", "vfmadd.*zmm"),
+        ("x86-avx512vnni", "vpshufb .*zmm", "vpdpbusd .*zmm", "vfmadd.*zmm"),
+        ("x86-avx512", "vpopcntq .*zmm", "vpdpbusd .*zmm", "vfmadd.*zmm"),
+        ("cortex-a72", r"cnt v\d+\.16b", r"umlal v\d+\.8h", r"fmla v\d+\.4s"),
+        ("cortex-a76", r"cnt v\d+\.16b", r"udot v\d+\.4s", r"fmla v\d+\.4s"),
+        ("cortex-a7", r"vcnt\.8 q", r"vmlal\.u8 q", r"vfma\.f32 q"),
     ],
 )
-def test_loops_use_the_widest_vectors(name: str, count: str, fma: str, tmp_path: Path) -> None:
+def test_loops_use_the_widest_vectors(name: str, count: str, product: str, fma: str, tmp_path: Path) -> None:
     target = targets.load(name)
     try:
         tools = toolchain.find(target)
@@ -55,4 +59,4 @@ def test_loops_use_the_widest_vectors(name: str, count: str, fma: str, tmp_path:
         pytest.skip(str(error))
     tools.run(*tools.cc, "-O3", "-S", str(SOURCE), "-o", str(tmp_path / "ceiling.s"))
     code = " ".join(re.sub(r"[ \t]+", " ", (tmp_path / "ceiling.s").read_text()).splitlines(keepends=True))
-    assert re.search(count, code) and re.search(fma, code)
+    assert all(re.search(each, code) for each in (count, product, fma))
