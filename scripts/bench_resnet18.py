@@ -7,8 +7,8 @@ scale for 16 filters; with ``--first-8-bit`` the stem is binary too, on 8-bit im
 runs the same graph with its own binary convolutions. The float twin runs in ONNX Runtime, and quantised to 8 bits there
 and in OpenVINO. Writes {"crossbit_ms": .., "peers_ms": {name: ..}}.
 
-The limit is what the multiply-accumulates of our kernels would take alone: floats, bits and bytes at the core's ceilings
-(`pipeline/ceiling.c`); with several threads, divided by their number.
+The limit is what the multiply-accumulates of our kernels would take alone: floats, bits and bytes at the core's
+ceilings (`pipeline/ceiling.c`); with several threads, divided by their number.
 """
 
 from __future__ import annotations

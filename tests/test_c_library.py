@@ -562,6 +562,7 @@ _LIBM = {f"{f}f" for f in ("exp", "tanh", "sqrt", "log", "floor", "ceil", "round
 _COMPILER = {
     "_GLOBAL_OFFSET_TABLE_",
     "__cpu_model",
+    "__cpu_features2",
     "__cpu_indicator_init",
     "__aeabi_memcpy",
     "__aeabi_memset",

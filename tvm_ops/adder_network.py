@@ -81,6 +81,8 @@ def register_those_in(text: str, counter: ByteCounter) -> None:
     """Register the intrinsics of ``counter`` that tuning records name, before TVM reads the records."""
     for groups in set(re.findall(rf"{Window.PATTERN}_{counter.name}\b", text)):
         intrinsic(counter, Window.named(*groups))
+    for words, summable in set(re.findall(r"\bspread_octets_(\d+)_([01])\b", text)):
+        spread(int(words), summable == "1")
 
 
 def intrinsic(counter: ByteCounter, window: Window) -> str:
