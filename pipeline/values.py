@@ -138,8 +138,8 @@ class Sum:
     def _border(self, values: Array, product: Product) -> Border:
         return bitserial_conv2d.border(values, product)
 
-    def _add(self, x: Any, weight: Any, product: Product) -> Any:
-        return bitserial_conv2d.popcounts(x, weight, product)
+    def _sums(self, x: Any, weight: Any) -> Any:
+        return bitserial_conv2d.popcounts(x, weight, self.product)
 
     def words(self, steps: Sequence[Step]) -> relax.Expr:
         if self.emitter.target.gpu is not None:
@@ -150,7 +150,7 @@ class Sum:
 
         def compute(x: Any, *tensors: Any) -> Any:
             stored, rest = tensors[: len(weight)], tensors[len(weight) :]
-            return bitserial_conv2d.compute_bits(self.product, edge, x, unpack(*stored), *rest, add=self._add)
+            return bitserial_conv2d.compute_bits(self.product, edge, self._sums(x, unpack(*stored)), *rest)
 
         x, rest = self._operands()
         kind = f"{self._kind}_bits"
@@ -170,9 +170,8 @@ class Sum:
 
         def compute(x: Any, *tensors: Any) -> Any:
             stored, rest = tensors[: len(weight)], tensors[len(weight) :]
-            return bitserial_conv2d.compute_float(
-                self.product, edge, steps, x, unpack(*stored), *rest, finish=finish, add=self._add
-            )
+            sums = self._sums(x, unpack(*stored))
+            return bitserial_conv2d.compute_float(self.product, edge, steps, sums, *rest, finish=finish)
 
         x, rest = self._operands()
         out = self.emitter.te(self._kind, compute, x, *weight, *rest, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE)
@@ -255,8 +254,8 @@ class ByteSum(Sum):
     def _border(self, values: Array, product: Product) -> Border:
         return bitserial_conv2d.shifted(values, product)
 
-    def _add(self, x: Any, weight: Any, product: Product) -> Any:
-        return byte_conv2d.sums(x, weight, product, self.form)
+    def _sums(self, x: Any, weight: Any) -> Any:
+        return byte_conv2d.sums(x, weight, self.product, self.form)
 
     def _weight(self, flip: Array, filters: int) -> tuple[list[Array], Finish]:
         values = self.weights * flip.reshape(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""What x86 multiplies bytes with, each shared by the CPUs that have it."""
+"""What x86 multiplies bytes and gathers comparisons with, each shared by the CPUs that have it."""
 
 from targets._target import ByteProduct
 
@@ -13,3 +13,5 @@ AVX512BW = ByteProduct(
 AVX512VNNI = ByteProduct(
     name="avx512vnni", lanes=16, quads="llvm.x86.avx512.vpdpbusd.512", pairs=AVX512BW.pairs, words=AVX512BW.words
 )
+
+SIGN_BITS = "llvm.x86.avx2.pmovmskb"

@@ -1,7 +1,7 @@
 """x86-64 with AVX2: what every desktop and server core since 2013 (Haswell, Zen 1) runs."""
 
 from targets._target import ByteCounter, Target
-from targets._x86 import AVX2
+from targets._x86 import AVX2, SIGN_BITS
 
 TARGET = Target(
     name="x86-avx2",
@@ -17,13 +17,13 @@ TARGET = Target(
     cflags=("-march=x86-64-v3",),
     gnu_triple="x86_64-linux-gnu",
     zig_triple="x86_64-linux-gnu",
-    sign_bits="llvm.x86.avx2.pmovmskb",
+    sign_bits=SIGN_BITS,
     byte_counter=ByteCounter(
         name="avx2",
         lanes=8,
         ternary_logic="",
-        pair_sum="llvm.x86.avx2.pmadd.ub.sw",
-        quad_sum="llvm.x86.avx2.pmadd.wd",
+        pair_sum=AVX2.pairs,
+        quad_sum=AVX2.words,
         look_up="llvm.x86.avx2.pshuf.b",
     ),
     byte_product=AVX2,

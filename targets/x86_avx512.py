@@ -1,7 +1,7 @@
 """x86-64 with AVX-512 and VPOPCNTDQ: Ice Lake, Sapphire Rapids, Zen 4, Zen 5."""
 
 from targets._target import Target
-from targets._x86 import AVX512VNNI
+from targets._x86 import AVX512VNNI, SIGN_BITS
 
 TARGET = Target(
     name="x86-avx512",
@@ -20,6 +20,6 @@ TARGET = Target(
     cflags=("-march=x86-64-v4", "-mavx512vpopcntdq", "-mavx512vnni", "-mavx512bitalg", "-mprefer-vector-width=512"),
     gnu_triple="x86_64-linux-gnu",
     zig_triple="x86_64-linux-gnu",
-    sign_bits="llvm.x86.avx2.pmovmskb",
+    sign_bits=SIGN_BITS,
     byte_product=AVX512VNNI,
 )

@@ -1,7 +1,7 @@
 """x86-64 with AVX-512 but no vector popcount: Skylake-X, Cascade Lake, Cooper Lake."""
 
 from targets._target import ByteCounter, Target
-from targets._x86 import AVX512BW
+from targets._x86 import AVX512BW, SIGN_BITS
 
 TARGET = Target(
     name="x86-avx512bw",
@@ -17,13 +17,13 @@ TARGET = Target(
     cflags=("-march=skylake-avx512", "-mprefer-vector-width=512"),
     gnu_triple="x86_64-linux-gnu",
     zig_triple="x86_64-linux-gnu",
-    sign_bits="llvm.x86.avx2.pmovmskb",
+    sign_bits=SIGN_BITS,
     byte_counter=ByteCounter(
         name="avx512bw",
         lanes=16,
         ternary_logic="llvm.x86.avx512.pternlog.d.512",
-        pair_sum="llvm.x86.avx512.pmaddubs.w.512",
-        quad_sum="llvm.x86.avx512.pmaddw.d.512",
+        pair_sum=AVX512BW.pairs,
+        quad_sum=AVX512BW.words,
         look_up="llvm.x86.avx512.pshuf.b.512",
     ),
     byte_product=AVX512BW,

@@ -63,19 +63,19 @@ def kernel(
     assert form is not None
     patterns = ((x - product.x.shift) // product.x.ratios[0]).astype(np.uint8)
 
-    def add(*tensors: Any) -> Any:
-        return byte_conv2d.sums(*tensors, form)
+    def sums(x: Any, w: Any) -> Any:
+        return byte_conv2d.sums(x, w, product, form)
 
     if to == "floats":
         edge = bitserial_conv2d.shifted(weight, product)
         constants = bitserial_conv2d.float_constants(edge, steps)
         arrays = [patterns, byte_conv2d.pack_weight(weight, form), *constants]
-        return lambda *t: bitserial_conv2d.compute_float(product, edge, steps, *t, add=add), arrays, form
+        return lambda x, w, *t: bitserial_conv2d.compute_float(product, edge, steps, sums(x, w), *t), arrays, form
     flip, edge, most = bitserial_conv2d.bit_threshold(weight, product, steps, bitserial_conv2d.shifted)
     flipped = weight * flip.reshape(-1, 1, 1, 1)
     whole = np.pad(flipped, [(0, most.shape[-1] - len(flip)), (0, 0), (0, 0), (0, 0)])
     arrays = [patterns, byte_conv2d.pack_weight(whole, form), most]
-    return lambda *t: bitserial_conv2d.compute_bits(product, edge, *t, add=add), arrays, form
+    return lambda x, w, *t: bitserial_conv2d.compute_bits(product, edge, sums(x, w), *t), arrays, form
 
 
 def check(

@@ -23,7 +23,7 @@ from pipeline.compiler import default_schedule
 from tvm_ops import schedule_cpu
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, encode, odd, pack, unsigned
 from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, max_pool2d, quantize
-from tvm_ops.ops.bitserial_conv2d import Geometry, Product
+from tvm_ops.ops.bitserial_conv2d import Border, Geometry, Product
 from tvm_ops.output_transform import Step, Threshold, apply
 
 SCHEDULED = pytest.mark.parametrize("scheduled", [True, False], ids=["scheduled", "plain"])
@@ -149,6 +149,14 @@ CODES = {
 ACTIVATIONS, WEIGHTS = [c for c in CODES if c.endswith("a")], [c for c in CODES if c.endswith("w")]
 
 
+def float_kernel(product: Product, edge: Border, steps: list[Step], x: Any, w: Any, *rest: Any) -> Any:
+    return bitserial_conv2d.compute_float(product, edge, steps, bitserial_conv2d.popcounts(x, w, product), *rest)
+
+
+def bit_kernel(product: Product, edge: Border, x: Any, w: Any, *rest: Any) -> Any:
+    return bitserial_conv2d.compute_bits(product, edge, bitserial_conv2d.popcounts(x, w, product), *rest)
+
+
 def bit_weight(weight: np.ndarray, product: Product, steps: list[Step]) -> tuple[np.ndarray, Any, np.ndarray]:
     """Words, border and thresholds for a kernel that writes bits."""
     flip, edge, most = bitserial_conv2d.bit_threshold(weight, product, steps)
@@ -174,14 +182,14 @@ def check_convolution(
         edge = bitserial_conv2d.border(weight, product)
         for weights in forms(bitserial_conv2d.pack_weight(weight, product.w), product, target):
             arrays = [packed, weights, *rest, *bitserial_conv2d.float_constants(edge, steps)]
-            result = run(lambda *t: bitserial_conv2d.compute_float(product, edge, steps, *t), arrays, **options)
+            result = run(lambda *t: float_kernel(product, edge, steps, *t), arrays, **options)
             np.testing.assert_array_equal(result, expected)
     else:
         in_words, edge, most = bit_weight(weight, product, steps)
         for weights in forms(in_words, product, target):
             bounds = bitserial_conv2d.octet_thresholds(most, product) if weights.dtype == np.uint8 else most
             arrays = [packed, weights, *rest, bounds]
-            result = run(lambda *t: bitserial_conv2d.compute_bits(product, edge, *t), arrays, **options)
+            result = run(lambda *t: bit_kernel(product, edge, *t), arrays, **options)
             np.testing.assert_array_equal(result[..., 0, :], pack(expected >= 0))
 
 
@@ -495,17 +503,17 @@ def kernels(rng: np.random.Generator) -> dict[str, tuple[Callable[..., Any], lis
     codes, few_edge = drawn(rng, unsigned(2), 1, 6, 8, 64), bitserial_conv2d.border(masked, few)
     return {
         "bitserial_conv2d": (
-            lambda *t: bitserial_conv2d.compute_float(product, edge, steps, *t),
+            lambda *t: float_kernel(product, edge, steps, *t),
             [words(x), bitserial_conv2d.pack_weight(weight), *bitserial_conv2d.float_constants(edge, steps)],
             through,
         ),
         "bitserial_conv2d_bits": (
-            lambda *t: bitserial_conv2d.compute_bits(product, bit_edge, *t),
+            lambda *t: bit_kernel(product, bit_edge, *t),
             [words(x), packed, most],
             words(np.where(through >= 0, 1, -1)),
         ),
         "bitserial_conv2d_planes": (
-            lambda *t: bitserial_conv2d.compute_float(few, few_edge, [], *t),
+            lambda *t: float_kernel(few, few_edge, [], *t),
             [
                 words(codes, few.x),
                 bitserial_conv2d.pack_weight(masked, few.w),
@@ -631,11 +639,11 @@ def test_byte_sums_do_not_spill(name: str, to: str, channels: int, rng: np.rando
     x = pack(signs(rng, 1, *geometry.image, channels))[..., None, :]
     if to == "bits":
         weights, edge, most = bit_weight(weight, product, [])
-        mod, _ = lower(lambda *t: bitserial_conv2d.compute_bits(product, edge, *t), [x, weights, most])
+        mod, _ = lower(lambda *t: bit_kernel(product, edge, *t), [x, weights, most])
     else:
         edge = bitserial_conv2d.border(weight, product)
         arrays = [x, bitserial_conv2d.pack_weight(weight), *bitserial_conv2d.float_constants(edge, [])]
-        mod, _ = lower(lambda *t: bitserial_conv2d.compute_float(product, edge, [], *t), arrays)
+        mod, _ = lower(lambda *t: float_kernel(product, edge, [], *t), arrays)
     assembly = build(mod, targets.load(name)).inspect_source("asm")
     stored = re.findall(r"\tst[rp]\tq.*\[sp", assembly)
     counted = len(re.findall(r"\tcnt\t", assembly))

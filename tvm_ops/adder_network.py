@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from targets import ByteCounter
-from tvm_ops.ops.bitserial_conv2d import Planes, counted_octets, octet, octet_everywhere
+from tvm_ops.ops.bitserial_conv2d import Planes, counted_octets, octet, octet_everywhere, with_sum
 
 MOST_WORDS = 255 // 8
 MOST_OCTET_WORDS = 36  # beyond it the code is long and the gain small
@@ -98,8 +98,8 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
     dy, dx = window.dilations
     height, width = (kh - 1) * dy + 1, (kw - 1) * dx + 1
     px, pw = window.planes.stored
-    levels = (kh * kw * words * (4 if window.octets else 1)).bit_length()
     depth, sum_type = (4 * words, window.planes.octet_sums) if window.octets else (words, "int32")
+    levels = (kh * kw * depth).bit_length()
 
     @T.prim_func(s_tir=True)
     def describe(x: T.handle, w: T.handle, sums: T.handle) -> None:
@@ -184,7 +184,7 @@ def _spread(source: Any, copy: Any, words: int, summable: bool, order: list[Any]
     at = tirx.Ramp(0, 1, words) if words > 1 else 0
     loaded = source[at]
     if summable:
-        loaded = loaded ^ (((loaded << vector(8)) ^ (loaded << vector(16))) & vector(0xFF0000))
+        loaded = with_sum(loaded, vector)
     octets = tirx.reinterpret(f"uint8x{4 * words}", loaded)
     octets = tirx.Shuffle([octets] * 4, order)  # TVM wants as many lanes to choose from
     buffer_store(copy, tirx.reinterpret(f"uint32x{4 * words}", octets), [tirx.Ramp(0, 1, 4 * words)])

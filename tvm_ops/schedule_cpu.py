@@ -378,12 +378,7 @@ def _sum_bytes(
     rows, ry = sch.split(ry, [None, window.height])
     words, rk = sch.split(rk, [None, window.words])
     sch.reorder(*pixels, column, filters, rows, words, columns_inside, ry, rx, rk, lane)
-    initial = sch.decompose_reduction(main, rows)
-    *_, pixel, filter_ = sch.get_loops(initial)
-    vector, lane = sch.split(filter_, [None, byte_sums.LANES])
-    sch.unroll(pixel)
-    sch.unroll(vector)
-    sch.vectorize(lane)
+    _clear(sch, sch.decompose_reduction(main, rows), byte_sums.LANES)
     stride = int(sch.get(main).annotations["strides"][1])
     tile = byte_sums.Tile(window, columns, stride, lanes // byte_sums.LANES)
     sch.tensorize(columns_inside, byte_sums.intrinsic(popcount, tile))
@@ -407,14 +402,18 @@ def _multiply_bytes(
     row, rows_inside = sch.split(row, [None, rows])
     group, groups_inside = sch.split(group, [None, groups])
     sch.reorder(*pixels, column, block, row, group, columns_inside, rows_inside, groups_inside, lane, neighbour)
-    initial = sch.decompose_reduction(main, row)
+    _clear(sch, sch.decompose_reduction(main, row), product.lanes)
+    tile = byte_products.Tile(form, filters, columns, step, rows, dilation, groups)
+    sch.tensorize(columns_inside, byte_products.intrinsic(product, tile))
+
+
+def _clear(sch: Any, initial: Any, lanes: int) -> None:
+    """Give the sums of a register tile their initial value in straight code, a vector of ``lanes`` at a time."""
     *_, pixel, filter_ = sch.get_loops(initial)
-    vector, lane = sch.split(filter_, [None, product.lanes])
+    vector, lane = sch.split(filter_, [None, lanes])
     sch.unroll(pixel)
     sch.unroll(vector)
     sch.vectorize(lane)
-    tile = byte_products.Tile(form, filters, columns, step, rows, dilation, groups)
-    sch.tensorize(columns_inside, byte_products.intrinsic(product, tile))
 
 
 def _last_axes(extents: list[int]) -> list[int]:

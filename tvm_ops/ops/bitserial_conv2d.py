@@ -243,13 +243,15 @@ def octet_thresholds(most: NDArray[np.int32], product: Product) -> NDArray[Any]:
     return most if product.nonzeros else most.clip(-(1 << 15), (1 << 15) - 1).astype(np.int16)
 
 
-def with_sum(words: Any) -> Any:
+def with_sum(words: Any, constant: Callable[[int], Any] = int) -> Any:
     """Words whose third byte is the sum modulo 2 (xor) of the first three; of an array or a TIR expression.
+
+    constant: a number as what ``words`` are combined with, for TIR's vectors one of their own.
 
     The sum of three differences is the difference of such sums, so a full adder finds its sum with one operation, and
     the third difference is never needed (`adder_network`).
     """
-    return words ^ (((words << 8) ^ (words << 16)) & 0xFF0000)
+    return words ^ (((words << constant(8)) ^ (words << constant(16))) & constant(0xFF0000))
 
 
 def counted_octets(planes: Planes, x: Callable[[int, int], Any], w: Callable[[int, int], Any]) -> Any:
@@ -378,19 +380,16 @@ def compute_float(
     product: Product,
     edge: Border,
     steps: Sequence[Step],
-    x: Any,
-    weight: Any,
+    sums: Any,
     *rest: Any,
     finish: Callable[[Any], Any] = lambda value: value,
-    add: Callable[[Any, Any, Product], Any] = popcounts,
 ) -> Any:
-    """The sums through the steps and ``finish``: [N, OH, OW, O].
+    """S of `popcounts`, or of another operator, through the steps and ``finish``: [N, OH, OW, O].
 
-    rest: `nonzeros` where ``product.nonzeros``, then the constants of `float_constants`. add: what makes S.
+    rest: `nonzeros` where ``product.nonzeros``, then the constants of `float_constants`.
     """
     from tvm import te, tirx
 
-    sums = add(x, weight, product)
     counts, (table, *values) = (rest[:1], rest[1:]) if product.nonzeros else ([], rest)
 
     def value(n: Any, h: Any, w: Any, o: Any) -> Any:
@@ -422,22 +421,14 @@ def bit_threshold(
     return threshold.flip, edge, most.astype(np.int32)
 
 
-def compute_bits(
-    product: Product,
-    edge: Border,
-    x: Any,
-    weight: Any,
-    *rest: Any,
-    add: Callable[[Any, Any, Product], Any] = popcounts,
-) -> Any:
+def compute_bits(product: Product, edge: Border, sums: Any, *rest: Any) -> Any:
     """The next layer's bits, uint32 [N, OH, OW, 1, O / 32].
 
-    weight: with the flips of `bit_threshold`, filled up to whole words. rest: `nonzeros` where ``product.nonzeros``,
-    then the thresholds; `octet_thresholds` where the weights are `octets`. add: what makes S.
+    sums: S of weights with the flips of `bit_threshold`, filled up to whole words. rest: `nonzeros` where
+    ``product.nonzeros``, then the thresholds; `octet_thresholds` where the weights are `octets`.
     """
     from tvm import te
 
-    sums = add(x, weight, product)
     *counts, most = rest
     n, oh, ow, filters = sums.shape
 
