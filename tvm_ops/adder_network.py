@@ -274,13 +274,11 @@ def _levels(counter: ByteCounter, window: Window, words: list[Any], bits: Any) -
 
     taps = window.height * window.width
     if window.octets and window.planes.summable:
-        for first in range(0, len(words), 4 * taps):
-            of_bytes = (words[first + taps * byte : first + taps * (byte + 1)] for byte in range(4))
-            for a, b, total, d in zip(*of_bytes, strict=True):
-                a, b, total = bind(a), bind(b), bind(total)
-                add(bind(_carry(counter, a, b, total)), 1)
+        for at in range(0, len(words), 2 * taps):
+            for first, both in zip(words[at : at + taps], words[at + taps : at + 2 * taps], strict=True):
+                total, carry = _pair(counter, take(0), bind(first), both)
                 add(total, 0)
-                add(d, 0)
+                add(carry, 1)
     else:
         for word in words:
             add(word, 0)
@@ -312,6 +310,21 @@ def _carry(counter: ByteCounter, a: Any, b: Any, total: Any) -> Any:
     if counter.ternary_logic:
         return _logic(counter, a, b, total, 0xD4)
     return (a & b) | ((a ^ b) & ~total)
+
+
+def _pair(counter: ByteCounter, waiting: list[Any], first: Any, both: Any) -> tuple[Any, Any]:
+    """The sums and carries of at most one ``waiting`` word's bits and those of two, of whose sum and first."""
+    from tvm.script.ir_builder.tirx import bind
+
+    if not waiting:
+        both = bind(both)
+        return both, bind(first & ~both)
+    (a,) = waiting
+    if counter.ternary_logic:
+        total = bind(a ^ both)  # which is x ^ w: one instruction
+        return total, bind(_carry(counter, a, first, total))
+    both = bind(both)
+    return bind(a ^ both), bind(first ^ ((first ^ a) & both))
 
 
 def _in_bytes(counter: ByteCounter, levels: list[Any]) -> Any:

@@ -213,7 +213,7 @@ def octets(words: NDArray[np.uint32], block: int, planes: Planes) -> NDArray[np.
     """Words [KH, KW, P, W, O] as bytes, least significant first, a block of filters behind the other: [O / block, KH,
     KW, P, 4 W, block]. What one vector of filters needs is then one stream, and fits the nearest cache.
 
-    The third byte of a word is the sum of three (`with_sum`), and the filters of a block are reordered (`octet`).
+    Every second byte is the sum of two (`with_sum`), and the filters of a block are reordered (`octet`).
     """
     kh, kw, count, depth, filters = words.shape
     words = with_sum(words) if planes.summable else words
@@ -244,22 +244,23 @@ def octet_thresholds(most: NDArray[np.int32], product: Product) -> NDArray[Any]:
 
 
 def with_sum(words: Any, constant: Callable[[int], Any] = int) -> Any:
-    """Words whose third byte is the sum modulo 2 (xor) of the first three; of an array or a TIR expression.
+    """Words whose second byte is the sum modulo 2 (xor) of the first two, and the fourth of the last two; of an array or
+    a TIR expression.
 
     constant: a number as what ``words`` are combined with, for TIR's vectors one of their own.
 
-    The sum of three differences is the difference of such sums, so a full adder finds its sum with one operation, and
-    the third difference is never needed (`adder_network`).
+    The sum of two differences is the difference of such sums, so a full adder finds its sum with one operation, and
+    the second difference is never needed (`adder_network`).
     """
-    return words ^ (((words << constant(8)) ^ (words << constant(16))) & constant(0xFF0000))
+    return words ^ ((words & constant(0x00FF00FF)) << constant(8))
 
 
 def counted_octets(planes: Planes, x: Callable[[int, int], Any], w: Callable[[int, int], Any]) -> Any:
     """What S sums for a word in `octets`: x(plane, byte) and w(plane, byte) are the bytes."""
 
     def byte(of: Callable[[int, int], Any], number: int) -> Callable[[int], Any]:
-        if number == 2 and planes.summable:
-            return lambda plane: of(plane, 0) ^ of(plane, 1) ^ of(plane, 2)
+        if number % 2 and planes.summable:
+            return lambda plane: of(plane, number - 1) ^ of(plane, number)
         return lambda plane: of(plane, number)
 
     first, *rest = (planes.count(byte(x, number), byte(w, number), planes.octet_sums) for number in range(4))
