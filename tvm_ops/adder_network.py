@@ -99,15 +99,16 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
     height, width = (kh - 1) * dy + 1, (kw - 1) * dx + 1
     px, pw = window.planes.stored
     depth, sum_type = (4 * words, window.planes.octet_sums) if window.octets else (words, "int32")
+    stored = (words, kh, kw, pw, 4, lanes) if window.octets else (kh, kw, pw, words, lanes)
     levels = (kh * kw * depth).bit_length()
 
     @T.prim_func(s_tir=True)
     def describe(x: T.handle, w: T.handle, sums: T.handle) -> None:
         pixel = T.match_buffer(x, (height, width, px, depth), "uint32", offset_factor=1)
-        filters = T.match_buffer(w, (kh, kw, pw, depth, lanes), window.word, offset_factor=1)
+        filters = T.match_buffer(w, stored, window.word, offset_factor=1)
         out = T.match_buffer(sums, (lanes,), sum_type, offset_factor=1)
         with T.sblock("root"):
-            T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:depth], filters[0:kh, 0:kw, 0:pw, 0:depth, 0:lanes])
+            T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:depth], _all(filters))
             T.writes(out[0:lanes])
             for i, j, k, o in T.grid(kh, kw, words, lanes):
                 with T.sblock("update"):
@@ -118,17 +119,11 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
         xy = T.int32()
         xx = T.int32()
         xp = T.int32()
-        wy = T.int32()
-        wx = T.int32()
-        wp = T.int32()
-        wk = T.int32()
         pixel = T.match_buffer(x, (height, width, px, depth), "uint32", offset_factor=1, strides=[xy, xx, xp, 1])
-        filters = T.match_buffer(
-            w, (kh, kw, pw, depth, lanes), window.word, offset_factor=1, strides=[wy, wx, wp, wk, 1]
-        )
+        filters = _strided(w, stored, window.word)
         out = T.match_buffer(sums, (lanes,), sum_type, offset_factor=1)
         with T.sblock("root"):
-            T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:depth], filters[0:kh, 0:kw, 0:pw, 0:depth, 0:lanes])
+            T.reads(out[0:lanes], pixel[0:height, 0:width, 0:px, 0:depth], _all(filters))
             T.writes(out[0:lanes])
             bits = T.alloc_buffer((levels, 3, counter.lanes), "uint32", scope="local")
             _count(counter, window, pixel, filters, out, bits)
@@ -190,6 +185,19 @@ def _spread(source: Any, copy: Any, words: int, summable: bool, order: list[Any]
     buffer_store(copy, tirx.reinterpret(f"uint32x{4 * words}", octets), [tirx.Ramp(0, 1, 4 * words)])
 
 
+def _all(buffer: Any) -> Any:
+    """The region of a whole buffer."""
+    return buffer[tuple(slice(0, extent) for extent in buffer.shape)]
+
+
+def _strided(handle: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """A parameter's buffer, part of a larger one: any strides but of the last axis."""
+    from tvm.script import tirx as T
+
+    strides = [T.int32() for _ in shape[:-1]]
+    return T.match_buffer(handle, shape, dtype, offset_factor=1, strides=[*strides, 1])
+
+
 def _update(window: Window, lanes: int, x: Any, w: Any, sums: Any, loops: tuple[Any, Any, Any, Any]) -> None:
     """The plain operator's inner statement. TVM drops a reduction axis of extent 1, so it must not be there either."""
     from tvm.script.ir_builder.tirx import axis, buffer_store
@@ -203,7 +211,7 @@ def _update(window: Window, lanes: int, x: Any, w: Any, sums: Any, loops: tuple[
         ones = counted_octets(
             window.planes,
             lambda plane, byte: x[i * dy, j * dx, plane, 4 * k + byte].astype("uint8"),
-            lambda plane, byte: w[i, j, plane, 4 * k + byte, octet(o, lanes)],
+            lambda plane, byte: w[k, i, j, plane, byte, octet(o, lanes)],
         )
     else:
         ones = window.planes.count(lambda plane: x[i * dy, j * dx, plane, k], lambda plane: w[i, j, plane, k, o])
@@ -219,8 +227,9 @@ def _count(counter: ByteCounter, window: Window, x: Any, w: Any, sums: Any, bits
     dy, dx = window.dilations
 
     def weights(i: int, j: int, plane: int, k: int) -> Any:
-        at = [i, j, plane, k, 0]
-        return tirx.reinterpret(word, w.vload(at, octets)) if window.octets else w.vload(at, word)
+        if window.octets:
+            return tirx.reinterpret(word, w.vload([k // 4, i, j, plane, k % 4, 0], octets))
+        return w.vload([i, j, plane, k, 0], word)
 
     taps = [
         window.planes.terms(

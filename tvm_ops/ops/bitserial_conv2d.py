@@ -210,15 +210,15 @@ def pack_weight(values: NDArray[Any], code: Code = BINARY) -> NDArray[np.uint32]
 
 
 def octets(words: NDArray[np.uint32], block: int, planes: Planes) -> NDArray[np.uint8]:
-    """Words [KH, KW, P, W, O] as bytes, least significant first, a block of filters behind the other: [O / block, KH,
-    KW, P, 4 W, block]. What one vector of filters needs is then one stream, and fits the nearest cache.
+    """Words [KH, KW, P, W, O] as bytes, least significant first, a block of filters behind the other: [O / block, W, KH,
+    KW, P, 4, block]. What one vector of filters needs is then one stream, and fits the nearest cache.
 
     Every second byte is the sum of two (`with_sum`), and the filters of a block are reordered (`octet`).
     """
     kh, kw, count, depth, filters = words.shape
     words = with_sum(words) if planes.summable else words
     parts = np.stack([words >> shift & 255 for shift in (0, 8, 16, 24)], axis=4).astype(np.uint8)
-    blocks = parts.reshape(kh, kw, count, 4 * depth, filters // block, block).transpose(4, 0, 1, 2, 3, 5)
+    blocks = parts.reshape(kh, kw, count, depth, 4, filters // block, block).transpose(5, 3, 0, 1, 2, 4, 6)
     stored = np.empty_like(blocks, order="C")
     stored[..., octet(np.arange(block), block)] = blocks
     return stored
@@ -328,7 +328,7 @@ def popcounts(x: Any, weight: Any, product: Product) -> Any:
     geometry, planes = product.geometry, product.planes
     x = _padded(x, geometry.pads)
     in_bytes = weight.dtype == "uint8"
-    words, (*_, kh, kw, _, _, block) = x.shape[-1], weight.shape
+    words, block, (kh, kw) = x.shape[-1], weight.shape[-1], geometry.kernel
     if in_bytes:
         x = _spread(x, planes)
     filters = int(weight.shape[0]) * int(block) if in_bytes else block
@@ -341,7 +341,7 @@ def popcounts(x: Any, weight: Any, product: Product) -> Any:
             ones = counted_octets(
                 planes,
                 lambda plane, byte: tirx.Cast("uint8", x[(*pixel, plane, 4 * rk + byte)]),
-                lambda plane, byte: weight[o // block, ry, rx, plane, 4 * rk + byte, octet(o % block, block)],
+                lambda plane, byte: weight[o // block, rk, ry, rx, plane, byte, octet(o % block, block)],
             )
         else:
             ones = planes.count(lambda plane: x[(*pixel, plane, rk)], lambda plane: weight[ry, rx, plane, rk, o])
