@@ -225,6 +225,7 @@ def _count(counter: ByteCounter, window: Window, x: Any, w: Any, sums: Any, bits
 
     word, octets = f"uint32x{counter.lanes}", f"uint8x{counter.octets}"
     dy, dx = window.dilations
+    w = _loaded_anew(w) if window.octets else w
 
     def weights(i: int, j: int, plane: int, k: int) -> Any:
         if window.octets:
@@ -251,6 +252,17 @@ def _count(counter: ByteCounter, window: Window, x: Any, w: Any, sums: Any, bits
     for first, ones in totals.items():
         at = [tirx.Ramp(first, 1, lanes)]
         buffer_store(sums, sums[*at] + tirx.Cast(f"{sums.dtype}x{lanes}", ones), at)
+
+
+def _loaded_anew(weights: Any) -> Any:
+    """A buffer at the same place, of which LLVM does not know it. It would copy a loop's weights to the stack before the
+    loop, as if they stayed in registers."""
+    from tvm import tirx
+    from tvm.script import tirx as T
+
+    place = tirx.address_of(weights[(0,) * len(weights.shape)])
+    place = tirx.call_llvm_pure_intrin(place.ty, "llvm.launder.invariant.group", place)
+    return T.decl_buffer(weights.shape, weights.dtype, data=place, strides=weights.strides)
 
 
 def _levels(counter: ByteCounter, window: Window, words: list[Any], bits: Any) -> list[Any]:

@@ -31,6 +31,7 @@ _PIECES = 16
 _MANY_PIXELS = 32
 # Three quarters of the smallest first-level data cache of a CPU that has vectors.
 _CACHE_BYTES = 24 << 10
+_STREAM_PIXELS = 64  # that share weights which do not stay in that cache, with their activations and sums
 # Registers that a tile of `byte_sums` may have for sums and for what it loads, of all that there are. With more of 32,
 # LLVM spills; with more of 16, it makes one sum after the other and the Cortex-A9's model stalls (November 2026).
 _BYTE_REGISTERS = {32: 24, 16: 6}
@@ -202,6 +203,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     of_floats = sch.get(main).name_hint == float_conv2d.BLOCK
     of_bytes = sch.get(main).name_hint == byte_conv2d.BLOCK and int(sch.get(main).annotations["filters"])
     octets = _octets(sch, main)
+    streams = _stored_bytes(sch, main) > _CACHE_BYTES
     whole = octets or of_bytes or (WORD_BITS if packs or unpacks else 1)  # and so many stay together
     work = math.prod(_extents(sch, sch.get_loops(main))) // target.lanes
 
@@ -219,7 +221,11 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
         reads = 4 * math.prod(_reductions(sch, main)) if of_floats else 0
         wide, lanes = _tile(columns, words * unit, whole, target, reads)
     inner = [_inner_channels(sch, channel, target, unit, whole, lanes, sample)]
-    for axis, limit, size in zip(_last_axes(extents), (16, 4), (wide, 1), strict=False):
+    axes, sizes = _last_axes(extents), [wide, 1]
+    if streams:  # each window of weights serves a tile of pixels before the next
+        wide = _largest_divisor(columns, _STREAM_PIXELS)
+        sizes = [wide, _largest_divisor(extents[axes[-1]], _STREAM_PIXELS // wide)] if axes else []
+    for axis, limit, size in zip(axes, (16, 4), sizes, strict=False):
         factors = sch.sample_perfect_tile(outer[axis], 2, limit) if sample else [None, size]
         outer[axis], inside = sch.split(outer[axis], factors)
         inner.insert(0, inside)
@@ -255,7 +261,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
         _multiply_bytes(sch, main, spatial, reduction, target.byte_product, wide)
         spatial = []
     elif counter and network:
-        _count_bytes(sch, main, spatial, reduction, network, counter)
+        _count_bytes(sch, main, spatial, reduction, network, counter, streams)
         spatial = []  # left as loops: a network is long enough, and four of them miss the instruction cache
     else:
         together = WORD_BITS if unpacks else float_conv2d.FILTERS  # a vector tests the bits of a word, or reads a block
@@ -266,7 +272,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
             _unroll_taps(sch, reduction, _reductions(sch, main), sample)
         sch.vectorize(spatial[-1])
         sch.decompose_reduction(main, reduction[0])
-    for loop in (*spatial[:-1], *inner[:-1]):
+    for loop in (*spatial[:-1], *inner[:-1]) if not streams else ():
         sch.unroll(loop)
     if not packs:
         sch.vectorize(inner[-1])
@@ -330,15 +336,29 @@ def _octets(sch: Any, main: Any) -> int:
     return int(sch.get(main).annotations.get("octets", 0))
 
 
+def _stored_bytes(sch: Any, main: Any) -> int:
+    """What a block of filters takes whose weights lie in bytes; 0: they do not."""
+    _, planes, _, masked = (int(p) for p in sch.get(main).annotations.get("planes", [0] * 4))
+    return 4 * _octets(sch, main) * math.prod(_reductions(sch, main)) * (planes + masked)
+
+
 def _count_bytes(
-    sch: Any, main: Any, spatial: list[Any], reduction: list[Any], window: adder_network.Window, counter: ByteCounter
+    sch: Any,
+    main: Any,
+    spatial: list[Any],
+    reduction: list[Any],
+    window: adder_network.Window,
+    counter: ByteCounter,
+    streams: bool,
 ) -> None:
-    """One pixel and one vector of filters at a time, a window of words each."""
+    """One pixel and one vector of filters at a time, a window of words each; where weights come as streams, all pixels
+    of the tile before the next window."""
     ry, rx, rk = reduction
     vectors, lane = sch.split(spatial[-1], [None, counter.octets if window.octets else counter.lanes])
     rows, ry = sch.split(ry, [None, window.height])
     words, rk = sch.split(rk, [None, window.words])
-    sch.reorder(*spatial[:-1], vectors, rows, words, ry, rx, rk, lane)
+    pixels, windows = [*spatial[:-1], vectors], [rows, words]
+    sch.reorder(*(windows + pixels if streams else pixels + windows), ry, rx, rk, lane)
     initial = sch.decompose_reduction(main, rows)
     sch.vectorize(sch.get_loops(initial)[-1])
     sch.tensorize(ry, adder_network.intrinsic(counter, window))
