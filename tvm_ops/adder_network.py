@@ -20,6 +20,7 @@ network is how.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ from tvm_ops.ops.bitserial_conv2d import Planes, counted_octets, octet, octet_ev
 
 MOST_WORDS = 255 // 8
 MOST_OCTET_WORDS = 36  # beyond it the code is long and the gain small
+_MOST_LEVELS = 10  # that 16 bits hold, two bytes of five
 _MOST_NETWORKS = 16  # beyond that many pairs of planes the code no longer fits the instruction cache
 
 
@@ -58,6 +60,19 @@ class Window:
         meeting = f"{planes.x}_{planes.w}_{planes.x_masked:d}_{planes.w_masked:d}"
         kind = "octets" if self.octets else "popcounts"
         return f"{kind}_{self.height}x{self.width}x{self.words}_{dy}_{dx}_{meeting}"
+
+    @property
+    def most(self) -> int:
+        """The largest sum of a network: of all pairs of planes, if it counts them together, or of one."""
+        words = self.height * self.width * self.words * (4 if self.octets else 1)
+        return words * (sum(self.planes.factors) if self.joint else 1)
+
+    @property
+    def joint(self) -> bool:
+        """Whether one network counts all pairs of planes."""
+        factors = self.planes.factors
+        words = self.height * self.width * self.words * (4 if self.octets else 1)
+        return self.octets and min(factors) > 0 and (words * sum(factors)).bit_length() <= _MOST_LEVELS
 
     @property
     def word(self) -> str:
@@ -100,7 +115,7 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
     px, pw = window.planes.stored
     depth, sum_type = (4 * words, window.planes.octet_sums) if window.octets else (words, "int32")
     stored = (words, kh, kw, pw, 4, lanes) if window.octets else (kh, kw, pw, words, lanes)
-    levels = (kh * kw * depth).bit_length()
+    levels = window.most.bit_length()
 
     @T.prim_func(s_tir=True)
     def describe(x: T.handle, w: T.handle, sums: T.handle) -> None:
@@ -242,10 +257,10 @@ def _count(counter: ByteCounter, window: Window, x: Any, w: Any, sums: Any, bits
         for j in range(window.width)
     ]
     kind, lanes = ("int16", 2 * counter.lanes) if window.octets else ("int32", counter.lanes)
+    terms = [(term[0][0], [word for _, word in term]) for term in zip(*taps, strict=True)]
     totals: dict[int, Any] = {}
-    for terms in zip(*taps, strict=True):
-        (factor, _), *_ = terms
-        levels = _levels(counter, window, [found for _, found in terms], bits)
+    for factor, together in [(1, terms)] if window.joint else [(factor, [(1, words)]) for factor, words in terms]:
+        levels = _levels(counter, window, together, bits)
         for first, ones in (_interleaved if window.octets else _summed)(counter, levels):
             ones = ones if factor == 1 else ones * tirx.Broadcast(tirx.const(factor, kind), lanes)
             totals[first] = totals[first] + ones if first in totals else ones
@@ -265,8 +280,8 @@ def _loaded_anew(weights: Any) -> Any:
     return T.decl_buffer(weights.shape, weights.dtype, data=place, strides=weights.strides)
 
 
-def _levels(counter: ByteCounter, window: Window, words: list[Any], bits: Any) -> list[Any]:
-    """Words whose ones, doubled from each to the next, are as many as those of a window.
+def _levels(counter: ByteCounter, window: Window, terms: list[tuple[int, list[Any]]], bits: Any) -> list[Any]:
+    """Words whose ones, doubled from each to the next, are as many as those of a window's terms: [(power of two, words)].
 
     A word goes in as soon as it is made, and a carry as soon as three meet, so that few wait in registers. They wait
     in ``bits``, which LLVM takes apart again: TVM's analysis of a long chain of bound variables takes exponential time.
@@ -279,33 +294,35 @@ def _levels(counter: ByteCounter, window: Window, words: list[Any], bits: Any) -
     def place(level: int, slot: int) -> list[Any]:
         return [level, slot, tirx.Ramp(0, 1, counter.lanes)]
 
-    def take(level: int) -> list[Any]:
-        taken = [bind(bits[*place(level, slot)]) for slot in range(waiting[level])]
-        waiting[level] = 0
+    def take(level: int, most: int) -> list[Any]:
+        left = max(0, waiting[level] - most)
+        taken = [bind(bits[*place(level, slot)]) for slot in range(left, waiting[level])]
+        waiting[level] = left
         return taken
 
     def add(word: Any, level: int) -> None:
         buffer_store(bits, word, place(level, waiting[level]))
         waiting[level] += 1
         if waiting[level] == 3:
-            a, b, c = take(level)
+            a, b, c = take(level, 3)
             total = bind(_sum(counter, a, b, c))
             add(total, level)
             add(bind(_carry(counter, b, c, total)), level + 1)
 
+    leveled = [(factor.bit_length() - 1, words) for factor, words in terms]
     taps = window.height * window.width
     if window.octets and window.planes.summable:
-        for at in range(0, len(words), 2 * taps):
-            for first, both in zip(words[at : at + taps], words[at + taps : at + 2 * taps], strict=True):
-                total, carry = _pair(counter, take(0), bind(first), both)
-                add(total, 0)
-                add(carry, 1)
+        for of_word in range(0, 4 * window.words * taps, 2 * taps):
+            for at, (level, words) in itertools.product(range(of_word, of_word + taps), leveled):
+                total, carry = _pair(counter, take(level, 1), bind(words[at]), words[at + taps])
+                add(total, level)
+                add(carry, level + 1)
     else:
-        for word in words:
-            add(word, 0)
+        for at, (level, words) in itertools.product(range(len(leveled[0][1])), leveled):
+            add(words[at], level)
     for level, left in enumerate(waiting):  # which grows while it is read
         if left == 2:
-            a, b = take(level)
+            a, b = take(level, 2)
             add(a ^ b, level)
             add(a & b, level + 1)
     return [bits[*place(level, 0)] for level, left in enumerate(waiting) if left]
