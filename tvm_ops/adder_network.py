@@ -10,9 +10,11 @@ Bytes hold the sum of up to 31 words. Weights in words give a vector a filter fo
 across those; weights in bytes (`bitserial_conv2d.octets`) give it four times the filters, so that a window has four
 times the vectors, the table look-ups are shared by four times as many, and counts are left as they are, in 16 bits.
 
-Of three words d = x ^ w, a full adder makes the sum a ^ b ^ c and a carry. The sum is (x_a ^ x_b ^ x_c) ^ (w_a ^ w_b
-^ w_c), one operation if both sides are stored (`bitserial_conv2d.with_sum`), and the carry follows from it and two of
-the words: a word and an operation less for every four bytes of channels.
+A full adder that already has a word a and takes two differences d = x ^ w makes the sum a ^ d_1 ^ d_2 and a carry. With
+x_1 ^ x_2 and w_1 ^ w_2 stored in place of x_2 and w_2 (`bitserial_conv2d.with_sum`), the sum takes one operation of
+three operands, and the carry follows from it, a and d_1: three operations for two words, where four were needed.
+
+Pairs of planes share a network, each beginning at the level of its factor.
 
 It is a tensor intrinsic: `describe` is what the plain operator does to one pixel and one vector of filters, and the
 network is how.
@@ -240,7 +242,7 @@ def _count(counter: ByteCounter, window: Window, x: Any, w: Any, sums: Any, bits
 
     word, octets = f"uint32x{counter.lanes}", f"uint8x{counter.octets}"
     dy, dx = window.dilations
-    w = _loaded_anew(w) if window.octets else w
+    w = _anew(w) if window.octets else w
 
     def weights(i: int, j: int, plane: int, k: int) -> Any:
         if window.octets:
@@ -269,19 +271,25 @@ def _count(counter: ByteCounter, window: Window, x: Any, w: Any, sums: Any, bits
         buffer_store(sums, sums[*at] + tirx.Cast(f"{sums.dtype}x{lanes}", ones), at)
 
 
-def _loaded_anew(weights: Any) -> Any:
-    """A buffer at the same place, of which LLVM does not know it. It would copy a loop's weights to the stack before the
-    loop, as if they stayed in registers."""
+def _anew(weights: Any) -> Any:
+    """Weights at the same place, of which LLVM knows neither that it stays nor what it is made of.
+
+    LLVM would copy a loop's weights to the stack before the loop, as if they stayed in registers, and an operand whose
+    address adds two registers takes a place of its own in the front end. TVM tells LLVM that different buffers never
+    overlap, so this is for what a function does not write.
+    """
     from tvm import tirx
     from tvm.script import tirx as T
 
     place = tirx.address_of(weights[(0,) * len(weights.shape)])
     place = tirx.call_llvm_pure_intrin(place.ty, "llvm.launder.invariant.group", place)
+    aligned = tirx.const(-int(weights.shape[-1]), "int64")  # as it is: a vector's bytes
+    place = tirx.call_llvm_pure_intrin(place.ty, "llvm.ptrmask", place, aligned)
     return T.decl_buffer(weights.shape, weights.dtype, data=place, strides=weights.strides)
 
 
 def _levels(counter: ByteCounter, window: Window, terms: list[tuple[int, list[Any]]], bits: Any) -> list[Any]:
-    """Words whose ones, doubled from each to the next, are as many as those of a window's terms: [(power of two, words)].
+    """Words whose ones, doubled from each to the next, are as many as those of terms: [(power of two, words)].
 
     A word goes in as soon as it is made, and a carry as soon as three meet, so that few wait in registers. They wait
     in ``bits``, which LLVM takes apart again: TVM's analysis of a long chain of bound variables takes exponential time.

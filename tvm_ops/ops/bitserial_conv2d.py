@@ -210,8 +210,8 @@ def pack_weight(values: NDArray[Any], code: Code = BINARY) -> NDArray[np.uint32]
 
 
 def octets(words: NDArray[np.uint32], block: int, planes: Planes) -> NDArray[np.uint8]:
-    """Words [KH, KW, P, W, O] as bytes, least significant first, a block of filters behind the other: [O / block, W, KH,
-    KW, P, 4, block]. What one vector of filters needs is then one stream, and fits the nearest cache.
+    """Words [KH, KW, P, W, O] as bytes, least significant first, a block of filters behind the other: [O / block, W,
+    KH, KW, P, 4, block]. What one vector of filters needs is then one stream in the order of use.
 
     Every second byte is the sum of two (`with_sum`), and the filters of a block are reordered (`octet`).
     """
@@ -244,8 +244,8 @@ def octet_thresholds(most: NDArray[np.int32], product: Product) -> NDArray[Any]:
 
 
 def with_sum(words: Any, constant: Callable[[int], Any] = int) -> Any:
-    """Words whose second byte is the sum modulo 2 (xor) of the first two, and the fourth of the last two; of an array or
-    a TIR expression.
+    """Words whose second byte is the sum modulo 2 (xor) of the first two, and whose fourth is that of the last two; of
+    an array or a TIR expression.
 
     constant: a number as what ``words`` are combined with, for TIR's vectors one of their own.
 
