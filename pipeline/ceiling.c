@@ -1,4 +1,5 @@
-/* The most multiply-accumulates a core can do from registers, nothing loaded or stored: of bits, bytes and floats.
+/* The most multiply-accumulates a core can do from registers, nothing loaded or stored, of bits, bytes and floats; and
+ * the most bytes it can read.
  *
  * Bits are xor, count, add: with a vector popcount three operations a vector. Without one (x86) the best known count is
  * Harley and Seal's: full adders sum sixteen words before one nibble-table count (Mula, Kurz, Lemire, "Faster population
@@ -7,7 +8,10 @@
  * Bytes are multiplied and summed in pairs to 16 bits, or in fours to 32 where an instruction does that.
  *
  * double {binary,integer,float}_macs_per_second(long macs): the best of seven runs of so many.
+ * double read_bytes_per_second(long bytes): the same of reading as much memory from end to end; 0 without memory.
  */
+#include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #if defined(__ARM_NEON)
@@ -125,29 +129,36 @@ static inline State step(State s, V a, V w) {
 }
 #endif
 
-#define RUNS 7
-
-double binary_macs_per_second(long macs) {
-  State s[STREAMS] = {0};
-  V a[STREAMS], w = SET(0xfedcba987654321ULL);
-  const long each = STREAMS * STEP * VECTOR_BITS, rounds = macs / each + 1;
-  for (int i = 0; i < STREAMS; i++) a[i] = SET(0x123456789abcdefULL * (i + 3));
+/* How many rounds of a loop a second: the best of seven runs. */
+static double rate(void (*loop)(long rounds), long rounds) {
   double best = 1e9;
-  for (int run = 0; run < RUNS; run++) {
+  for (int run = 0; run < 7; run++) {
     double t = now();
-    for (long k = 0; k < rounds; k++) {
-      KEEP(w);
-#pragma GCC unroll 12
-      for (int i = 0; i < STREAMS; i++) {
-        KEEP(a[i]);
-        s[i] = step(s[i], a[i], w);
-      }
-    }
+    loop(rounds);
     t = now() - t;
     if (t < best) best = t;
   }
+  return rounds / best;
+}
+
+static void binary(long rounds) {
+  State s[STREAMS] = {0};
+  V a[STREAMS], w = SET(0xfedcba987654321ULL);
+  for (int i = 0; i < STREAMS; i++) a[i] = SET(0x123456789abcdefULL * (i + 3));
+  for (long k = 0; k < rounds; k++) {
+    KEEP(w);
+#pragma GCC unroll 12
+    for (int i = 0; i < STREAMS; i++) {
+      KEEP(a[i]);
+      s[i] = step(s[i], a[i], w);
+    }
+  }
   for (int i = 0; i < STREAMS; i++) KEEP(s[i].total);
-  return rounds * each / best;
+}
+
+double binary_macs_per_second(long macs) {
+  const long each = STREAMS * STEP * VECTOR_BITS;
+  return rate(binary, macs / each + 1) * each;
 }
 
 #define SUMS 12
@@ -169,44 +180,67 @@ double binary_macs_per_second(long macs) {
 #define MAC(s, a, w) KEEP(a); s = _mm256_add_epi16(s, _mm256_maddubs_epi16(a, w))
 #endif
 
-double integer_macs_per_second(long macs) {
+static void integer(long rounds) {
   V s[SUMS], a = SET(0x123456789abcdefULL), w = SET(0x101010101010101ULL);
-  const long each = SUMS * PRODUCTS, rounds = macs / each + 1;
 #pragma GCC unroll 12  // or the sums stay in memory
   for (int i = 0; i < SUMS; i++) s[i] = SET(i);
-  double best = 1e9;
-  for (int run = 0; run < RUNS; run++) {
-    double t = now();
-    for (long k = 0; k < rounds; k++) {
+  for (long k = 0; k < rounds; k++) {
 #pragma GCC unroll 12
-      for (int i = 0; i < SUMS; i++) {
-        MAC(s[i], a, w);
-      }
-      KEEP(a);
+    for (int i = 0; i < SUMS; i++) {
+      MAC(s[i], a, w);
     }
-    t = now() - t;
-    if (t < best) best = t;
+    KEEP(a);
   }
 #pragma GCC unroll 12
   for (int i = 0; i < SUMS; i++) KEEP(s[i]);
-  return rounds * each / best;
+}
+
+double integer_macs_per_second(long macs) {
+  const long each = SUMS * PRODUCTS;
+  return rate(integer, macs / each + 1) * each;
+}
+
+static void floats(long rounds) {
+  F s[SUMS], a = SET_FLOAT(0.5f), w = SET_FLOAT(1.0f);
+  for (int i = 0; i < SUMS; i++) s[i] = SET_FLOAT(i);
+  for (long k = 0; k < rounds; k++) {
+#pragma GCC unroll 12
+    for (int i = 0; i < SUMS; i++) s[i] = FMA(a, w, s[i]);
+    KEEP(a);
+  }
+  for (int i = 0; i < SUMS; i++) KEEP(s[i]);
 }
 
 double float_macs_per_second(long macs) {
-  F s[SUMS], a = SET_FLOAT(0.5f), w = SET_FLOAT(1.0f);
-  const long each = SUMS * VECTOR_BITS / 32, rounds = macs / each + 1;
-  for (int i = 0; i < SUMS; i++) s[i] = SET_FLOAT(i);
-  double best = 1e9;
-  for (int run = 0; run < RUNS; run++) {
-    double t = now();
-    for (long k = 0; k < rounds; k++) {
-#pragma GCC unroll 12
-      for (int i = 0; i < SUMS; i++) s[i] = FMA(a, w, s[i]);
-      KEEP(a);
+  const long each = SUMS * VECTOR_BITS / 32;
+  return rate(floats, macs / each + 1) * each;
+}
+
+#define LOADS 8
+
+static const V *memory; /* what `reading` reads: so many vectors, a multiple of LOADS */
+static long vectors;
+
+static void reading(long rounds) {
+  for (long k = 0; k < rounds; k++) {
+    for (const V *at = memory; at < memory + vectors; at += LOADS) {
+#pragma GCC unroll 8
+      for (int i = 0; i < LOADS; i++) {
+        V loaded = at[i];
+        KEEP(loaded);
+      }
     }
-    t = now() - t;
-    if (t < best) best = t;
   }
-  for (int i = 0; i < SUMS; i++) KEEP(s[i]);
-  return rounds * each / best;
+}
+
+double read_bytes_per_second(long bytes) {
+  vectors = (bytes - 1) / (LOADS * sizeof(V)) * LOADS + LOADS;
+  const long size = vectors * sizeof(V);
+  void *block = aligned_alloc(LOADS * sizeof(V), size);
+  if (!block) return 0;
+  memory = memset(block, 1, size); /* or no page is there */
+  reading(1);                       /* or the first run finds what `memset` left in the caches */
+  const double found = rate(reading, (1 << 21) / size + 1) * size;
+  free(block);
+  return found;
 }

@@ -4,9 +4,10 @@
 
 Four shapes of 115.6 M multiply-accumulates, one thread, default schedules, in three forms: ``kernel`` (bits in, sums
 out), ``float_io`` (floats in, packed, scaled floats out) and ``bits_io`` (bits in, thresholds, bits out). The ceiling
-is a register loop, `pipeline/ceiling.c`, timed between the kernels. Unless ``--quick``, so are kernels of other windows
-and codes, and other runtimes that are installed (`peers.py`; `pip install openvino` for the one with binary
-convolutions).
+is a register loop, `pipeline/ceiling.c`, timed between the kernels, and so is the floor of memory: what the core takes
+to read from end to end as many bytes as all kernels' inputs, constants (as the library has them) and outputs have.
+Unless ``--quick``, so are kernels of other windows and codes, and other runtimes that are installed (`peers.py`; `pip
+install openvino` for the one with binary convolutions).
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ MORE = {
 }
 VARIANTS = ("kernel", "float_io", "bits_io")
 PACKED = ("kernel", "bits_io")
+CALLS = 20  # in a row; the first pay for what others have left in the caches
 
 
 def convolution(case: str, variant: str, rng: np.random.Generator, target: Any):
@@ -115,22 +117,24 @@ def convolution(case: str, variant: str, rng: np.random.Generator, target: Any):
 
 
 def kernel(case: str, variant: str, rng: np.random.Generator):
-    """A compiled variant: its output, NumPy's, and seconds(calls) of a call."""
+    """A compiled variant: its output, NumPy's, seconds(calls) of a call, and the bytes it must read and write."""
     import tvm
     from tvm import relax
 
     import targets
-    from pipeline import compiler
+    from pipeline import compiler, work
 
     mod, argument, expected = convolution(case, variant, rng, targets.host())
-    executable, _, _ = compiler.build(compiler.lower(mod), targets.host(), threads=1)
+    lowered = compiler.lower(mod)
+    executable, _, _ = compiler.build(lowered, targets.host(), threads=1)
     machine = relax.VirtualMachine(executable.jit(), tvm.cpu())
     tensor = tvm.runtime.tensor(argument)
 
     def seconds(calls: int) -> float:
         return float(machine.time_evaluator("main", tvm.cpu(), number=calls, repeat=1)(tensor).mean)
 
-    return machine["main"](tensor).numpy(), expected, seconds
+    size = sum(call.bytes for call in work.calls(lowered))
+    return machine["main"](tensor).numpy(), expected, seconds, size
 
 
 def peer_inputs(case: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -151,35 +155,43 @@ def main(
 
     console = Console()
     rng = np.random.default_rng(seed)
-    loop = ceiling.loops(targets.host())["binary"]
-    timers = {}
+    loop, reading = ceiling.loops(targets.host())["binary"], ceiling.reading(targets.host())
+    timers, sizes = {}, {}
     for case in CASES if quick else CASES | MORE:
         for variant in VARIANTS if case in CASES else PACKED:
-            found, expected, seconds = kernel(case, variant, rng)
+            found, expected, seconds, size = kernel(case, variant, rng)
             if not np.array_equal(found, expected):
                 raise SystemExit(f"{case} {variant}: differs from NumPy (seed {seed}), so nothing is timed")
-            timers[case, variant] = seconds
+            timers[case, variant], sizes[case, variant] = seconds, size
         if case in CASES and not quick:
             timers |= {(case, name): timer for name, timer in peers.all_of(*peer_inputs(case, rng)).items()}
     rounds = 15 if quick else 60
     times = {key: [] for key in timers}
-    rates = []
+    rates: list[float] = []
+    floors: dict[tuple[str, str], list[float]] = {key: [] for key in sizes}
     for _ in track(range(rounds), "timing", console=Console(stderr=True), transient=True):
         rates.append(loop())
         for key, seconds in timers.items():
-            times[key].append(seconds(5))
+            times[key].append(seconds(CALLS))
+        for key, size in sizes.items():
+            floors[key].append(size / reading(size))
     rows = []
-    for (case, variant), seconds in times.items():
+    for key, seconds in times.items():
+        case, variant = key
         us, ceiling_us = np.median(seconds) * 1e6, (CASES | MORE)[case].macs / np.median(rates) * 1e6
-        rows.append({"case": case, "variant": variant, "us": us, "ceiling_us": ceiling_us, "ratio": us / ceiling_us})
+        row = {"case": case, "variant": variant, "us": us, "ceiling_us": ceiling_us, "ratio": us / ceiling_us}
+        if key in floors:
+            floor_us = np.median(floors[key]) * 1e6
+            row |= {"floor_us": floor_us, "larger_ratio": us / max(ceiling_us, floor_us)}
+        rows.append(row)
     today = datetime.datetime.now(datetime.UTC).date()
     table = Table(title=f"{targets.cpu_name()}, {targets.host().name}, 1 thread, {today}", title_justify="left")
-    for column in ("case", "variant", "us", "ceiling us", "ratio"):
+    for column in ("case", "variant", "us", "ceiling us", "ratio", "floor us", "/ larger"):
         table.add_column(column, justify="left" if column in ("case", "variant") else "right")
+    columns = {"us": 1, "ceiling_us": 1, "ratio": 2, "floor_us": 1, "larger_ratio": 2}
     for row in rows:
-        table.add_row(
-            row["case"], row["variant"], f"{row['us']:.1f}", f"{row['ceiling_us']:.1f}", f"{row['ratio']:.2f}"
-        )
+        numbers = [f"{row[name]:.{digits}f}" if name in row else "" for name, digits in columns.items()]
+        table.add_row(row["case"], row["variant"], *numbers)
     console.print(table)
     if json_ is not None:
         json_.write_text(json.dumps(rows, indent=2) + "\n")

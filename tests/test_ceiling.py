@@ -1,4 +1,4 @@
-"""The register loops: they run, and the machine code does what they are named for."""
+"""The loops: they run, and the machine code does what they are named for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ SOURCE = Path(ceiling.__file__).with_suffix(".c")
 MAIN = """
 #include <stdio.h>
 double binary_macs_per_second(long), integer_macs_per_second(long), float_macs_per_second(long);
+double read_bytes_per_second(long);
 int main(void) {
-  printf("%g %g %g", binary_macs_per_second(1000), integer_macs_per_second(1000), float_macs_per_second(1000));
+  printf("%g %g %g ", binary_macs_per_second(1000), integer_macs_per_second(1000), float_macs_per_second(1000));
+  printf("%g", read_bytes_per_second(1000));
 }
 """
 
@@ -26,6 +28,12 @@ def test_this_machine_has_a_ceiling() -> None:
     rates = {kind: loop() for kind, loop in loops.items()}
     assert set(rates) == {"binary", "integer", "float"}
     assert 1e8 < rates["float"] < rates["integer"] < rates["binary"] < 1e14
+
+
+def test_the_nearest_cache_is_read_faster_than_memory() -> None:
+    reading = ceiling.reading(targets.host())
+    assert 1e8 < reading(1 << 27) < reading(1 << 13) < 1e13
+    assert reading(1) > 0  # of a whole round of loads
 
 
 @pytest.mark.parametrize("name", ["x86-avx2", "x86-avx512bw", "cortex-a7", "cortex-a72", "cortex-a76"])
