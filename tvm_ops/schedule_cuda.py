@@ -15,9 +15,10 @@ import tvm_ffi
 from targets import Target
 from tvm_ops.cuda import gemm, pack
 from tvm_ops.cuda.problem import Problem
+from tvm_ops.cuda.ptx import LANES
 from tvm_ops.cuda.tile import Tile, tiles
-from tvm_ops.cuda.tir import LANES, blocks
 from tvm_ops.ops import bitpack, implicit_gemm
+from tvm_ops.tir import blocks
 
 _THREADS = 256
 _DATA_PARALLEL, _REDUCTION = 0, 2

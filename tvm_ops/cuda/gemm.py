@@ -20,9 +20,10 @@ from typing import Any
 from targets import Gpu
 from tvm_ops.cuda import ptx
 from tvm_ops.cuda.problem import Problem
+from tvm_ops.cuda.ptx import LANES
 from tvm_ops.cuda.sums import OrdinaryCores, Sums, TensorCores, fragment_filter, swizzled
 from tvm_ops.cuda.tile import CHUNK, Tile
-from tvm_ops.cuda.tir import LANES, if_, loop, with_body
+from tvm_ops.tir import if_, loop, with_body
 
 
 def write(func: Any, tile: Tile, gpu: Gpu) -> Any:

@@ -7,8 +7,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from tvm_ops.bitplanes import WORD_BITS
-from tvm_ops.cuda.tir import LANES, blocks, if_, unravel, with_body
+from tvm_ops.cuda.ptx import LANES
 from tvm_ops.ops import bitpack
+from tvm_ops.tir import blocks, if_, unravel, with_body
 
 _WARPS = 4
 _WORDS = 8

@@ -6,8 +6,8 @@ from typing import Any
 
 import tvm_ffi
 
-from tvm_ops.cuda.tir import Block, blocks, loads, unravel
 from tvm_ops.ops import bitpack, implicit_gemm
+from tvm_ops.tir import Block, blocks, loads, unravel
 
 
 class Problem:

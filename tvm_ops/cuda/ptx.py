@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+LANES = 32
+"""Threads of a warp."""
+
 
 def _call(name: str, source: str, *args: Any) -> None:
     from tvm.script.ir_builder import tirx as T

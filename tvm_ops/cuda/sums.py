@@ -11,9 +11,10 @@ import tvm_ffi
 from tvm_ops.bitplanes import WORD_BITS
 from tvm_ops.cuda import ptx
 from tvm_ops.cuda.problem import Problem
+from tvm_ops.cuda.ptx import LANES
 from tvm_ops.cuda.tile import CHUNK, Tile
-from tvm_ops.cuda.tir import LANES, if_, loop, replaced, replaced_load, unravel
 from tvm_ops.ops.bitserial_gemm import FRAGMENT_WORDS
+from tvm_ops.tir import if_, loop, replaced, replaced_load, unravel
 
 
 def swizzled(tile: Tile, row: Any, k: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, replace
 
 from targets import Gpu
 from tvm_ops.cuda.problem import Problem
-from tvm_ops.cuda.tir import LANES
+from tvm_ops.cuda.ptx import LANES
 from tvm_ops.ops.bitserial_gemm import FRAGMENT_WORDS, MIN_FRAGMENT_ROWS
 
 CHUNK = 4

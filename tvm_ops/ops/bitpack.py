@@ -10,8 +10,8 @@ import numpy as np
 
 from targets import ShiftInsert
 from tvm_ops.bitplanes import WORD_BITS
-from tvm_ops.cuda.tir import replaced
 from tvm_ops.output_transform import Threshold
+from tvm_ops.tir import replaced
 
 BLOCK = "pack_words"
 """The TIR block that packs, by which schedules know that it reads vectors and writes a word for 32 channels."""

@@ -1,4 +1,4 @@
-"""What kernels are written from, a scheduled TIR function's blocks, and with: conditions and loops of the builder."""
+"""TIR taken apart, to blocks and expressions that take other values, and put together, by conditions and loops."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import tvm_ffi
-
-LANES = 32
-"""Threads of a warp."""
 
 
 def replaced(expression: Any, variables: Sequence[Any], values: Sequence[Any]) -> Any:
