@@ -19,6 +19,7 @@ import targets
 from pipeline import artifact, ceiling, gpu, session
 from pipeline.remote import Board
 from pipeline.session import Session
+from pipeline.timer import timer
 
 # Seconds between two subjects of several threads: workers of the one before would take its cores, for they spin
 # when there is nothing to do (ONNX Runtime 1.31's for 45 ms).
@@ -178,14 +179,14 @@ def in_turns(
         timers: seconds(calls) is the mean time of a call.
         threads, on_round: as of `bench`.
     """
-    calls = [max(1, int(0.005 / timer(3))) for timer in timers]  # this first call is a warm-up
+    calls = [max(1, int(0.005 / subject(3))) for subject in timers]  # this first call is a warm-up
     seconds: list[list[float]] = [[] for _ in timers]
     for done in range(rounds):
-        for timer, count, times in zip(timers, calls, seconds, strict=True):
+        for subject, count, times in zip(timers, calls, seconds, strict=True):
             if threads > 1:
                 time.sleep(_REST)
-            timer(_WARM_UP)
-            times.append(timer(count))
+            subject(_WARM_UP)
+            times.append(subject(count))
         on_round(done + 1, rounds)
     return seconds
 
@@ -249,10 +250,4 @@ def onnx_subject(path: Path, threads: int, batch: int) -> Subject:
     rng = np.random.default_rng(0)
     inputs = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
-    def seconds(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            runtime.run(None, inputs)
-        return (time.perf_counter() - start) / calls
-
-    return Subject(str(path), "onnxruntime", "cpu", None, seconds)
+    return Subject(str(path), "onnxruntime", "cpu", None, timer(lambda: runtime.run(None, inputs)))

@@ -7,7 +7,6 @@ for bits, so ONNX Runtime's float convolution is timed in the same run: what a g
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from tvm import relax
 import targets
 from pipeline import compiler
 from pipeline.importer import OPERATORS
+from pipeline.timer import timer
 from pipeline.values import Channelwise, Constant, Emitter, Real
 from tvm_ops import opset
 
@@ -90,14 +90,7 @@ def _onnxruntime(x: np.ndarray, weight: np.ndarray) -> Callable[[int], float]:
     opsets = [onnx.helper.make_opsetid("", opset.OPSET)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=opset.IR_VERSION)
     session = onnxruntime(model.SerializeToString(), threads=1)
-
-    def seconds(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            session.run(None, {"x": image})
-        return (time.perf_counter() - start) / calls
-
-    return seconds
+    return timer(lambda: session.run(None, {"x": image}))
 
 
 def _compiled(x: np.ndarray, weight: np.ndarray, scale: np.ndarray | None) -> Callable[[int], float]:

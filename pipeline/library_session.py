@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +13,7 @@ import numpy as np
 import targets
 from pipeline import toolchain
 from pipeline.session import Session, exclusive
+from pipeline.timer import timer
 
 
 class LibrarySession(Session):
@@ -54,10 +54,7 @@ class LibrarySession(Session):
                 f"time it in an app, or compile it with --threads 1"
             )
         call, _ = self._network.prepare(inputs)
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - start) / calls
+        return timer(call)(calls)
 
     def kernel_seconds(self, inputs: dict[str, np.ndarray], calls: int) -> dict[str, float]:
         """

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +33,7 @@ from pipeline import models, session, toolchain
 from pipeline.artifact import Manifest
 from pipeline.export import export
 from pipeline.packaging import compile_network, onnxruntime
+from pipeline.timer import timer
 from targets import Target, cpu_name
 
 HERE = Path(__file__).parent
@@ -190,16 +192,13 @@ def main(
             shape = [d if isinstance(d, int) else 1 for d in runtime.get_inputs()[0].shape]
             feed = {runtime.get_inputs()[0].name: np.random.default_rng(0).normal(size=shape).astype(np.float32)}
             runtime.run(None, feed)
+            seconds = timer(partial(runtime.run, None, feed))
             times: dict[int, list[float]] = {i: [] for i in drivers}
             peer: list[float] = []
             for _ in range(5):  # in turns, so that whatever else the machine does meets all of them
                 for i, command in drivers.items():
                     times[i].append(run(command, rounds, max(1, int(2000 / run(command, 3, 1)))))
-                start = time.perf_counter()
-                calls = 500 if model in ("kernels20", "digits") else 3
-                for _ in range(calls):
-                    runtime.run(None, feed)
-                peer.append((time.perf_counter() - start) / calls * 1e6)
+                peer.append(seconds(500 if model in ("kernels20", "digits") else 3) * 1e6)
             peers[model] = float(np.median(peer))
             for i, command in drivers.items():
                 starts = []

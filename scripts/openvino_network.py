@@ -8,7 +8,6 @@ convolution: with 8-bit weights its scores are off by a tenth, probably because 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,14 @@ import onnx
 import openvino as ov
 from openvino import opset1
 
+from pipeline.timer import timer
+
 
 def compiled(model: ov.Model, threads: int) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[int], float]]:
     """run(x), and seconds(calls) of a call on the last x."""
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
-
-    def seconds(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            request.infer()
-        return (time.perf_counter() - start) / calls
-
-    return lambda x: request.infer([x])[0].copy(), seconds
+    return lambda x: request.infer([x])[0].copy(), timer(request.infer)
 
 
 def read(path: Path, shape: tuple[int, ...]) -> ov.Model:
@@ -60,21 +54,21 @@ def _made(operator: str, inputs: list[Any], a: dict[str, Any]) -> Any:
     x, *rest = inputs
     match operator:
         case "UnpackCodes":
-            bits = np.unpackbits(x[0], axis=-1, bitorder="little")[..., : a["channels"]]
-            return bits.transpose(0, 2, 1).astype(bool)
+            unpacked = np.unpackbits(x[0], axis=-1, bitorder="little")[..., : a["channels"]]
+            return unpacked.transpose(0, 2, 1).astype(bool)
         case "Reshape":
             return x.reshape(rest[0])
         case "GroupScale":
             return x.repeat(a["group"])[: a["filters"]]
         case "BinarySign":
-            return _levels(x, (0, 0), (0, 1), 2)  # outputs of (-1, 1) would be packed by a slow reordering
+            return levels(x, (0, 0), (0, 1), 2)  # outputs of (-1, 1) would be packed by a slow reordering
         case "QuantizeSymmetric":
             most = 2 ** a["bits"] - 1
-            return _levels(x, (-1, 1), (-most, most), most + 1)
+            return levels(x, (-1, 1), (-most, most), most + 1)
         case "Accumulator":
             return x
         case "Conv" if rest[0].dtype == bool and x.get_type_name() == "FakeQuantize" and x.get_levels() == 2:
-            return opset1.binary_convolution(x, _bits(rest[0]), *_window(a), [1, 1], "xnor-popcount", 0.0)
+            return opset1.binary_convolution(x, bits(rest[0]), *_window(a), [1, 1], "xnor-popcount", 0.0)
         case "Conv":
             weights = np.where(rest[0], 1, -1) if rest[0].dtype == bool else rest[0]
             return opset1.convolution(x, _node(weights), *_window(a), [1, 1])
@@ -105,12 +99,13 @@ def _node(value: Any) -> Any:
     return opset1.constant(value.astype(np.float32)[None] if value.ndim == 3 else value.astype(np.float32))
 
 
-def _levels(x: Any, inputs: tuple[float, float], outputs: tuple[float, float], count: int) -> Any:
+def levels(x: Any, inputs: tuple[float, float], outputs: tuple[float, float], count: int) -> Any:
+    """A node that rounds what lies between ``inputs`` to so many levels between ``outputs``."""
     ends = [opset1.constant(np.full((1, 1, 1, 1), end, np.float32)) for end in (*inputs, *outputs)]
     return opset1.fake_quantize(x, *ends, count)
 
 
-def _bits(signs: np.ndarray) -> Any:
+def bits(signs: np.ndarray) -> Any:
     """A constant of bits, which has no NumPy type: its bytes are written into OpenVINO's own memory."""
     tensor = ov.Tensor(ov.Type.u1, ov.Shape(list(signs.shape)))
     tensor.data[:] = np.packbits(signs.reshape(-1), bitorder="little")

@@ -7,10 +7,11 @@ where its package is not installed.
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Callable
 
 import numpy as np
+
+from pipeline.timer import timer
 
 Timers = dict[str, Callable[[int], float]]
 
@@ -32,16 +33,6 @@ def _check(name: str, found: np.ndarray, expected: np.ndarray) -> None:
         raise SystemExit(f"{name} differs from NumPy by up to {np.abs(found - expected).max()}, so nothing is timed")
 
 
-def _timer(call: Callable[[], object]) -> Callable[[int], float]:
-    def seconds(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - start) / calls
-
-    return seconds
-
-
 def openvino_binary(x: np.ndarray, signs: np.ndarray) -> Timers:
     """opset1's BinaryConvolution behind a FakeQuantize to bits: all of it, and its kernel alone by the profile.
 
@@ -51,13 +42,11 @@ def openvino_binary(x: np.ndarray, signs: np.ndarray) -> Timers:
         return {}
     import openvino as ov
     from openvino import opset1
+    from openvino_network import bits, levels
 
     image = opset1.parameter(list(x.shape), np.float32)
-    zero, low, high = (opset1.constant(np.full((1, 1, 1, 1), v, np.float32)) for v in (0.0, 0.0, 1.0))
-    bits = opset1.fake_quantize(image, zero, zero, low, high, 2)
-    packed = np.packbits((signs > 0).reshape(-1), bitorder="little")
-    weights = ov.op.Constant(ov.Tensor(packed, ov.Shape(list(signs.shape)), ov.Type.u1))
-    sums = opset1.binary_convolution(bits, weights, [1, 1], [1, 1], [1, 1], [1, 1], "xnor-popcount", -1.0)
+    weights, window = bits(signs > 0), [[1, 1]] * 4
+    sums = opset1.binary_convolution(levels(image, (0, 0), (0, 1), 2), weights, *window, "xnor-popcount", -1.0)
     model = ov.Model([opset1.relu(sums)], [image])  # a reader, so that the sums are floats in its own layout
     compiled = ov.Core().compile_model(
         model, "CPU", {"INFERENCE_NUM_THREADS": 1, "PERF_COUNT": True, "PERFORMANCE_HINT": "LATENCY"}
@@ -74,7 +63,7 @@ def openvino_binary(x: np.ndarray, signs: np.ndarray) -> Timers:
             times.append(node.real_time.total_seconds())
         return float(np.mean(times))
 
-    return {"OpenVINO binary": _timer(request.infer), "OpenVINO binary, kernel": kernel}
+    return {"OpenVINO binary": timer(request.infer), "OpenVINO binary, kernel": kernel}
 
 
 def _onnxruntime(nodes: list[object], constants: dict[str, np.ndarray], x: np.ndarray, shape: tuple[int, ...]):
@@ -104,7 +93,7 @@ def onnxruntime_float(x: np.ndarray, signs: np.ndarray) -> Timers:
     node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
     session = _onnxruntime([node], {"w": weights}, x, x.shape)
     _check("ONNX Runtime fp32", session.run(None, {"x": x})[0], _sums(x, weights, 0))
-    return {"ONNX Runtime fp32": _timer(lambda: session.run(None, {"x": x}))}
+    return {"ONNX Runtime fp32": timer(lambda: session.run(None, {"x": x}))}
 
 
 def onnxruntime_int8(x: np.ndarray, signs: np.ndarray) -> Timers:
@@ -129,4 +118,4 @@ def onnxruntime_int8(x: np.ndarray, signs: np.ndarray) -> Timers:
     (found,) = session.run(None, {"x": pixels})
     if np.abs(np.clip(np.round(expected / scale) + 128, 0, 255) - found).max() > 1:
         raise SystemExit("ONNX Runtime int8 differs from NumPy by more than one step, so nothing is timed")
-    return {"ONNX Runtime int8": _timer(lambda: session.run(None, {"x": pixels}))}
+    return {"ONNX Runtime int8": timer(lambda: session.run(None, {"x": pixels}))}
