@@ -158,8 +158,8 @@ def digits(make_records: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_targets_of_shipped_records(make_records: ModuleType) -> None:
-    assert SHIPPED and all(name in make_records.CORES or targets.load(name).gpu for name in SHIPPED)
-    assert tune.shipped_records(targets.load("x86-avx2"), 1) is None
+    assert set(make_records.CORES) <= set(SHIPPED) <= set(targets.names())
+    assert tune.shipped_records(targets.load("x86-avx512"), 1) is None  # which no machine here could measure
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -15,7 +15,7 @@ from networks import dyadic, randomise
 from torch import nn
 
 import targets
-from pipeline import artifact, compiler, importer, session, tune
+from pipeline import artifact, bench, compiler, importer, session, tune
 from pipeline.export import export
 from pipeline.layers import QuantConv2d
 from pipeline.packaging import compile_network, oracle
@@ -69,6 +69,7 @@ def test_tuning(
     tuned_kernels_give_the_same_bits(run, rng, tmp_path)
     records_do_not_serve_another_batch(run, tmp_path)
     a_new_process_reads_the_records(run, tmp_path)
+    what_ships_is_timed_again(run, monkeypatch, tmp_path)
 
 
 def every_kernel_has_records_and_none_got_slower(run: Tuning) -> None:
@@ -139,6 +140,30 @@ def a_new_process_reads_the_records(run: Tuning, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert artifact.read(folder).tuned_kernels == len(tuned)
+
+
+def what_ships_is_timed_again(run: Tuning, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The times of the search choose who takes part, and those in turns who wins."""
+    made, _, _ = run
+    fields: list[int] = []
+
+    def in_turns(timers: list[Any], threads: int, rounds: int) -> list[list[float]]:
+        assert all(timer(1) > 0 for timer in timers)
+        fields.append(len(timers))
+        return [[factor**i] * rounds for i in range(len(timers))]
+
+    monkeypatch.setattr(bench, "in_turns", in_turns)
+    factor, kept = 2.0, tmp_path / "kept"
+    assert tune.keep_best(made.records, kept, made.target) == 0  # the default schedule comes first
+    factor, winners = 0.5, fields[:]
+    fields.clear()
+    assert tune.keep_best(made.records, kept, made.target) == sum(count > 1 for count in winners) > 0
+    assert fields == winners
+    records = compiler.open_records(kept, made.target).get_all_tuning_records()
+    assert sorted(float(r.run_secs[0]) for r in records) == sorted(factor ** (n - 1) for n in winners if n > 1)
+    manifest = compile_network(made.model, tmp_path / "shipped", made.target, 1, records=kept)
+    assert manifest.tuned_kernels == len(records)
+    assert session.verify(tmp_path / "shipped").error == 0
 
 
 def the_command_measures_nothing_new(
