@@ -18,14 +18,12 @@ import numpy as np
 import tvm
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
-from tvm.support.popen_pool import PopenPoolExecutor, StatusKind
 
 import targets
 from pipeline import compiler, cycle_model, executable, kernel, toolchain, workspace
 from targets import Target, cores
 
 HERTZ = 1e9
-_USES = 200  # of a process that builds, before another takes its place: TVM's grow
 _SYMBOL = "k_k0_main"  # what `kernel.make` makes of the function main with the prefix k
 
 
@@ -44,38 +42,7 @@ def check(target: Target, threads: int) -> None:
         )
 
 
-@derived_object
-class Builder(ms.builder.PyBuilder):
-    """Makes an executable of each candidate, in processes that a candidate which crashes the compiler ends.
-
-    MetaSchedule's own builder starts its processes for every 16 candidates, which takes longer than to build those.
-
-    Args:
-        seconds: that a candidate may take.
-    """
-
-    def __init__(self, target: Target, seconds: float) -> None:
-        super().__init__()
-        self.target, self.seconds = target, seconds
-        self.pool = PopenPoolExecutor(cores(), timeout=seconds, maximum_process_uses=_USES)
-
-    def build(self, build_inputs: list[Any]) -> list[Any]:
-        given = [(self.target.name, one.mod, one.target) for one in build_inputs]
-        made = self.pool.map_with_error_catching(_build, given)
-        slow = f"it took more than {self.seconds:g} s to build"  # the error of a process that was stopped is empty
-        return [
-            ms.builder.BuilderResult(one.value, None)
-            if one.status == StatusKind.COMPLETE
-            else ms.builder.BuilderResult(None, slow if one.status == StatusKind.TIMEOUT else str(one.value))
-            for one in made
-        ]
-
-    def close(self) -> None:
-        """End the processes."""
-        self.pool.shutdown()
-
-
-def _build(given: tuple[str, tvm.IRModule, Any]) -> str:
+def build(given: tuple[str, tvm.IRModule, Any]) -> str:
     """The executable of a candidate, of a target's name, a module, and TVM's target."""
     name, mod, llvm = given
     target = targets.load(name)

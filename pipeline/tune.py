@@ -11,7 +11,6 @@ kernels none. Candidates are a folder (`pipeline/cuda_batch.py`), which may be c
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import logging
@@ -36,6 +35,7 @@ from tvm.s_tir.meta_schedule.runner.local_runner import default_alloc_argument
 
 import targets
 from pipeline import bench, compiler, counted_runner, cycle_model, remote, toolchain
+from pipeline.builder import Builder
 from pipeline.cuda_batch import SCRIPT, Batch
 from pipeline.remote import Board
 from targets import Target, cores
@@ -263,7 +263,7 @@ def _again(records: list[Any], target: Target) -> list[Any]:
     def timer(record: Any) -> Callable[[int], float]:
         sch = Schedule(record.workload.mod)
         record.trace.apply_to_schedule(sch, remove_postproc=False)
-        kernel = _build(target.name, sch.mod, record.target, None)
+        kernel = _compiled(sch.mod, target, record.target)
         return lambda calls: float(kernel.time_evaluator("main", tvm.cpu(), number=calls)(*arguments).mean)
 
     times = bench.in_turns([timer(record) for record in finalists], threads=1, rounds=_ROUNDS)
@@ -379,24 +379,18 @@ class _Run(_Known):
         self.seed, self.board, self.warn = seed, board, warn
         self.logger = _log_to(records / _LOG)
         if unit == "model cycles":
-            self.builder: Any = counted_runner.Builder(target, _SECONDS)
+            build = counted_runner.build
             self.runner: Any = counted_runner.CountedRunner(target, _SECONDS)
         else:
-            self.builder = ms.builder.LocalBuilder(
-                f_build=functools.partial(_build, target.name),
-                f_export=functools.partial(_export, target.name) if board else None,
-                timeout_sec=_SECONDS,
-                max_workers=cores(),
-            )
-            self.runner = _runner(board)
+            build, self.runner = _build, _runner(board)
+        self.builder = Builder(build, target, _SECONDS)
         self.cost_model = ms.cost_model.XGBModel(
             num_warmup_samples=16, extractor=ms.feature_extractor.PerStoreFeature(), num_tuning_cores=cores()
         )
 
     def close(self) -> None:
         """End the processes that it started and that MetaSchedule does not end."""
-        if self.unit == "model cycles":
-            self.builder.close()
+        self.builder.close()
 
     def measure_default(self, task: Any) -> None:
         """Store the default schedule as the first record of a task."""
@@ -575,19 +569,21 @@ def _plausible(seconds: list[float]) -> list[float]:
     return seconds
 
 
-def _export(target: str, module: Any) -> str:
-    """A shared library; MetaSchedule's own is an archive that the board's compiler would have to link."""
+def _build(given: tuple[str, tvm.IRModule, Any]) -> str:
+    """A candidate's shared library; MetaSchedule makes an archive, which a board's compiler would have to link."""
+    name, mod, llvm = given
+    target = targets.load(name)
     path = Path(tempfile.mkdtemp()) / "kernel.so"
-    module.export_library(str(path), fcompile=toolchain.find_linker(targets.load(target)).link_shared)
+    _compiled(mod, target, llvm).export_library(str(path), fcompile=toolchain.find_linker(target).link_shared)
     return str(path)
 
 
-def _build(name: str, mod: tvm.IRModule, llvm: Any, params: Any) -> Any:
+def _compiled(mod: tvm.IRModule, target: Target, llvm: Any) -> Any:
     """As MetaSchedule's own builder, less its import of every tensor intrinsic: 16 s in each worker of each batch."""
     from tvm.driver import build
     from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
-    finished = tvm.IRModule({"main": compiler.finish(mod["main"], targets.load(name))})
+    finished = tvm.IRModule({"main": compiler.finish(mod["main"], target)})
     return build(RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(finished), target=llvm)
 
 

@@ -19,6 +19,7 @@ from tvm.s_tir import meta_schedule as ms
 
 import targets
 from pipeline import artifact, cli, compiler, counted_runner, cycle_model, importer, toolchain, tune
+from pipeline.builder import Builder
 from pipeline.counted_runner import CountedRunner
 from pipeline.export import export
 from pipeline.layers import QuantConv2d
@@ -96,7 +97,7 @@ def test_a_candidate_that_fails_says_why(a72: Target, code: str, seconds: float,
 def test_a_build_that_takes_too_long_says_so(a72: Target, model: Path) -> None:
     llvm = a72.tvm_target(1)
     task, *_ = ms.relax_integration.extract_tasks(compiler.lower(importer.load(model, 1, a72)), llvm)
-    builder = counted_runner.Builder(a72, 0.001)
+    builder = Builder(counted_runner.build, a72, 0.001)
     (built,) = builder.build([ms.builder.BuilderInput(task.dispatched[0], llvm)])
     builder.close()
     assert built.error_msg == "it took more than 0.001 s to build"
