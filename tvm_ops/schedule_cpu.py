@@ -232,7 +232,8 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     channel_outer, inner[-1] = sch.split(channel, [None, inner[-1]])
     outer.append(channel_outer)
     shared = outer
-    if (unpacks or of_floats or of_bytes or octets) and math.prod(extents) >= _MANY_PIXELS:
+    many = octets and _stored_bytes(sch, main) * sums[-1] // octets > _CACHE_BYTES
+    if (unpacks or of_floats or of_bytes or many) and math.prod(extents) >= _MANY_PIXELS:
         # Filters first: a tile of them is unpacked once for all pixels, or stays in the nearest cache.
         outer = [channel_outer, *outer[:-1]]
         shared = outer[:1] if unpacks else outer
