@@ -22,7 +22,7 @@ from pipeline import compiler
 from pipeline.compiler import default_schedule
 from tvm_ops import schedule_cpu
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, encode, odd, pack, unsigned
-from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, max_pool2d, quantize
+from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, float_conv2d, max_pool2d, quantize
 from tvm_ops.ops.bitserial_conv2d import Border, Geometry, Product
 from tvm_ops.output_transform import Step, Threshold, apply
 
@@ -455,6 +455,29 @@ def test_binary_max_pool(channels: int, geometry: Geometry, scheduled: bool, rng
         expected[:, row, column] = np.where(descends, window.min(0), window.max(0))
     assert {-1, 1} == set(expected.ravel().tolist()) or channels == 1
     np.testing.assert_array_equal(result, words(expected))
+
+
+@SCHEDULED
+@pytest.mark.parametrize("channels", [1, 3, 6, 35])
+def test_convolution_of_floats(channels: int, scheduled: bool, rng: np.random.Generator) -> None:
+    """Of an image as files have it, [N, C, H, W]; integers, whose sums have one value in any order."""
+    from tvm import topi
+
+    kernel, strides = rng.integers(1, 6, 2), rng.integers(1, 4, 2)
+    pads = rng.integers(0, 4, 4)
+    height, width = (int(i) for i in rng.integers(5, 20, 2))
+    geometry = Geometry((height, width), tuple(kernel.tolist()), tuple(strides.tolist()), tuple(pads.tolist()))
+    x = rng.integers(-9, 10, (2, channels, height, width)).astype(np.float32)
+    weights = rng.integers(-9, 10, (int(rng.choice([3, 32, 64, 130])), channels, *kernel)).astype(np.float32)
+
+    def compute(image: Any, weight: Any) -> Any:
+        return float_conv2d.compute(geometry, len(weights), topi.transpose(image, [0, 2, 3, 1]), weight)
+
+    result = run(compute, [x, float_conv2d.pack_weight(weights)], scheduled=scheduled)
+    padded = np.pad(x, [(0, 0), (0, 0), pads[::2], pads[1::2]])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, tuple(kernel), (2, 3))
+    windows = windows[:, :, :: strides[0], :: strides[1]]
+    np.testing.assert_array_equal(result, np.einsum("ncyxhw,ochw->nyxo", windows, weights))
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
