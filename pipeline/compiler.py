@@ -8,6 +8,8 @@ from typing import Any
 
 import tvm
 from tvm import relax
+from tvm.relax import dpl
+from tvm.relax.transform import PatternCheckContext
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
@@ -15,6 +17,7 @@ import pipeline.llvm  # noqa: F401 (TVM finds its function by name)
 from pipeline import cuda_kernel, program
 from targets import Target
 from tvm_ops import adder_network, byte_products, byte_sums, schedule_cpu, schedule_cuda
+from tvm_ops.bitplanes import WORD_BITS
 from tvm_ops.ops import bitpack
 
 
@@ -29,8 +32,8 @@ def check_threads(target: Target, threads: int) -> None:
 
 
 def lower(mod: tvm.IRModule) -> tvm.IRModule:
-    """Operators to TIR functions, element-wise ones fused into what produces them. Reshapes are none: once they are
-    scheduled, TVM takes them for work."""
+    """Operators to TIR functions, element-wise ones fused into what produces them, and packings too. Reshapes are none:
+    once they are scheduled, TVM takes them for work."""
     return tvm.transform.Sequential(
         [
             relax.transform.LegalizeOps(),
@@ -38,10 +41,36 @@ def lower(mod: tvm.IRModule) -> tvm.IRModule:
             relax.transform.FoldConstant(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
+            fuse_packings,
+            relax.transform.FuseTIR(),
             relax.transform.RewriteDataflowReshape(),
             relax.transform.DeadCodeElimination(),
         ]
     )(mod)
+
+
+@tvm.transform.module_pass(opt_level=0)
+def fuse_packings(mod: tvm.IRModule, _context: Any) -> tvm.IRModule:
+    """Make functions that give floats and the words of their signs, of a packing that ``joins`` and what makes its floats.
+
+    Another reader of the floats finds them where it did. Fused is what sums to whole words of channels: its schedule packs
+    a tile that is still in registers. FuseOps, which also fuses forwards, would not: it wants one reader.
+    """
+
+    def joins(context: PatternCheckContext) -> bool:
+        packing, floats = (mod[context.annotated_expr[name]] for name in ("packing", "floats"))
+        channels = int(packing.params[0].ty.shape[-1])
+        ours = packing.attrs is not None and packing.attrs.get("joins", False)
+        return ours and channels % WORD_BITS == 0 and schedule_cpu.has_reduction(tvm.IRModule({"main": floats}))
+
+    patterns = []
+    for bounds in (1, 2):  # a packing has a lower one, and an upper one if channels descend
+        packing, floats = dpl.GlobalVarPattern(), dpl.GlobalVarPattern()
+        made = dpl.is_op("relax.call_tir")(floats, dpl.wildcard())
+        arguments = dpl.TuplePattern([made, *[dpl.wildcard()] * bounds])
+        both = dpl.is_op("relax.call_tir")(packing, arguments)
+        patterns.append(("packed", both, {"packing": packing, "floats": floats}, joins))
+    return relax.transform.FuseOpsByPattern(patterns, bind_constants=False)(mod)
 
 
 def default_schedule(mod: tvm.IRModule, target: Target, threads: int) -> Any:

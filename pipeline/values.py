@@ -95,7 +95,14 @@ class Real:
         """The bits of its sign after ``steps``."""
         threshold = output_transform.float_threshold(steps, self.shape[1])
         compute = bitpack.compute if self.emitter.target.gpu is None else bitpack.compute_by_lanes
-        return self.emitter.te("bitpack", compute, self.expr, *bitpack.constants(threshold), op_pattern=OPAQUE)
+        return self.emitter.te(
+            "bitpack",
+            compute,
+            self.expr,
+            *bitpack.constants(threshold),
+            op_pattern=OPAQUE,
+            joins=bool(self.emitter.target.sign_bits),
+        )
 
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
         if not steps and finish is _as_it_is:
