@@ -51,23 +51,23 @@ def lower(mod: tvm.IRModule) -> tvm.IRModule:
 
 @tvm.transform.module_pass(opt_level=0)
 def fuse_packings(mod: tvm.IRModule, _context: Any) -> tvm.IRModule:
-    """Make functions that give floats and the words of their signs, of a packing that ``joins`` and what makes its floats.
+    """Functions that give floats and the words of their signs, of a packing that ``joins`` and what makes its floats.
 
-    Another reader of the floats finds them where it did. Fused is what sums to whole words of channels: its schedule packs
-    a tile that is still in registers. FuseOps, which also fuses forwards, would not: it wants one reader.
+    Only sums to whole words of channels take one in: their schedule packs a tile while it is in registers. FuseOps
+    would not: it fuses what has one reader, and these floats have others.
     """
 
     def joins(context: PatternCheckContext) -> bool:
         packing, floats = (mod[context.annotated_expr[name]] for name in ("packing", "floats"))
         channels = int(packing.params[0].ty.shape[-1])
-        ours = packing.attrs is not None and packing.attrs.get("joins", False)
-        return ours and channels % WORD_BITS == 0 and schedule_cpu.has_reduction(tvm.IRModule({"main": floats}))
+        asks = packing.attrs is not None and "joins" in packing.attrs
+        return asks and channels % WORD_BITS == 0 and schedule_cpu.has_reduction(tvm.IRModule({"main": floats}))
 
     patterns = []
     for bounds in (1, 2):  # a packing has a lower one, and an upper one if channels descend
         packing, floats = dpl.GlobalVarPattern(), dpl.GlobalVarPattern()
         made = dpl.is_op("relax.call_tir")(floats, dpl.wildcard())
-        arguments = dpl.TuplePattern([made, *[dpl.wildcard()] * bounds])
+        arguments = dpl.TuplePattern([made, *(dpl.wildcard() for _ in range(bounds))])
         both = dpl.is_op("relax.call_tir")(packing, arguments)
         patterns.append(("packed", both, {"packing": packing, "floats": floats}, joins))
     return relax.transform.FuseOpsByPattern(patterns, bind_constants=False)(mod)

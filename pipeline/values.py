@@ -55,7 +55,8 @@ class Emitter:
     def te(self, kind: str, compute: Callable[..., Any], *args: relax.Expr | Array, **attributes: int) -> relax.Expr:
         """One kernel; arrays become constants of the library.
 
-        ``attributes`` tell TVM what it cannot see in a packing: op_pattern to FuseOps, estimated_flops to MetaSchedule.
+        ``attributes`` tell TVM what it cannot see in a packing: op_pattern to FuseOps, estimated_flops to MetaSchedule;
+        and joins to `compiler.fuse_packings`.
         """
         tensors = [relax.const(a) if isinstance(a, np.ndarray) else a for a in args]
         return self.builder.emit_te(compute, *tensors, primfunc_name_hint=kind, primfunc_attrs=attributes)
@@ -95,14 +96,9 @@ class Real:
         """The bits of its sign after ``steps``."""
         threshold = output_transform.float_threshold(steps, self.shape[1])
         compute = bitpack.compute if self.emitter.target.gpu is None else bitpack.compute_by_lanes
-        return self.emitter.te(
-            "bitpack",
-            compute,
-            self.expr,
-            *bitpack.constants(threshold),
-            op_pattern=OPAQUE,
-            joins=bool(self.emitter.target.sign_bits),
-        )
+        joins = {"joins": 1} if self.emitter.target.sign_bits else {}
+        bounds = bitpack.constants(threshold)
+        return self.emitter.te("bitpack", compute, self.expr, *bounds, op_pattern=OPAQUE, **joins)
 
     def stepped(self, steps: Sequence[Step], finish: Finish = _as_it_is) -> relax.Expr:
         if not steps and finish is _as_it_is:
