@@ -34,8 +34,8 @@ def module(
 ) -> tuple[tvm.IRModule, list[np.ndarray], list[np.ndarray]]:
     """A lowered function of a map and a residual, its inputs, and NumPy's outputs.
 
-    It gives the scaled sums of a convolution and the residual, or the maxima of a pool, and the words of their sign after
-    each reader's norm. A 'spread' convolution is of one pixel, which is added to all of the residual.
+    It gives the scaled sums of a convolution and the residual, or the maxima of a pool, and the words of their sign
+    after each reader's norm. A 'spread' convolution is of one pixel, which is added to all of the residual.
     """
     h, w = (1, 1) if producer == "spread" else SIDES
     channels = filters if producer == "pooled" else 64
