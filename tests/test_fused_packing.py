@@ -143,6 +143,10 @@ def test_every_schedule_that_tuning_draws(producer: str, draw: int, rng: np.rand
 def test_what_is_fused(name: str, filters: int, readers: int, count: int, rng: np.random.Generator) -> None:
     mod, *_ = module("binary", filters, rng, targets.load(name), readers)
     assert len(kernels(mod)) == count
+    fused = [mod[kernel] for kernel in kernels(mod) if kernel.startswith("fused_fused")]
+    assert len(fused) == (count == readers)
+    flops = 2 * 9 * 64 * filters * int(np.prod(SIDES))  # without them, MetaSchedule refuses to tune
+    assert all(int(function.attrs["estimated_flops"]) == flops for function in fused)
 
 
 @pytest.mark.parametrize("emit", ["vm", "c-lib"])

@@ -269,11 +269,10 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     sch.compute_at(main, outer[-1], preserve_unit_loops=True)
     for packing in also_packed:
         around = [*outer, *inner[:-1]]
-        inner[-1:] = sch.split(
-            inner[-1], [None, WORD_BITS]
-        )  # LLVM keeps what is stored in the form that is loaded next
+        # Stored as they are loaded, the floats stay in registers in between.
+        vectors, inner[-1] = sch.split(inner[-1], [None, WORD_BITS])
         sch.reverse_compute_at(packing, around[-1], preserve_unit_loops=True)
-        for loop in sch.get_loops(packing)[len(around) :]:
+        for loop in (vectors, *sch.get_loops(packing)[len(around) :]):
             sch.unroll(loop)
     if unpacks:
         unpacked = sch.get_sblock(bitweight_conv2d.UNPACKED)
