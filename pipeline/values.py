@@ -94,9 +94,12 @@ class Real:
 
     def words(self, steps: Sequence[Step]) -> relax.Expr:
         """The bits of its sign after ``steps``."""
+        target = self.emitter.target
         threshold = output_transform.float_threshold(steps, self.shape[1])
-        compute = bitpack.compute if self.emitter.target.gpu is None else bitpack.compute_by_lanes
-        joins = {"joins": 1} if self.emitter.target.sign_bits else {}
+        compute = bitpack.compute if target.gpu is None else bitpack.compute_by_lanes
+        # Where a comparison gives a bit a lane (AVX-512), two are a word. AVX2 narrows four to bytes, which takes as
+        # long beside other work as in a kernel of its own.
+        joins = {"joins": 1} if target.sign_bits and 2 * target.lanes == WORD_BITS else {}
         bounds = bitpack.constants(threshold)
         return self.emitter.te("bitpack", compute, self.expr, *bounds, op_pattern=OPAQUE, **joins)
 
