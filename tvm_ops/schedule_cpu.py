@@ -36,8 +36,8 @@ _STRAIGHT, _STRAIGHT_BITS = 2, 512
 # Pieces of work for each thread that hide one piece more or less.
 _PIECES = 16
 # Of a tile that ends in floats, where sums are made one pixel after the other whatever the tile. The products and sums
-# of four pixels in a row already slow a core with AVX-512 down, for all that comes after: 56x56x64 and a residual run at
-# 2.38 GHz and 218 us with 4 columns, 2.68 and 181 with 2, 188 with 1 (Cascade Lake, November 2026).
+# of four pixels in a row already slow a core with AVX-512 down, for all that comes after: 56x56x64 and a residual run
+# at 2.38 GHz and 218 us with 4 columns, 2.68 and 181 with 2, 188 with 1 (Cascade Lake, November 2026).
 _FLOAT_COLUMNS = 2
 # From so many pixels on, a tile of packed weights is better unpacked to cache than in registers again and again.
 _MANY_PIXELS = 32
