@@ -280,11 +280,12 @@ def _anew(weights: Any) -> Any:
     """
     from tvm import tirx
     from tvm.script import tirx as T
+    from tvm.script.ir_builder.tirx import bind
 
     place = tirx.address_of(weights[(0,) * len(weights.shape)])
     place = tirx.call_llvm_pure_intrin(place.ty, "llvm.launder.invariant.group", place)
     aligned = tirx.const(-int(weights.shape[-1]), "int64")  # as it is: a vector's bytes
-    place = tirx.call_llvm_pure_intrin(place.ty, "llvm.ptrmask", place, aligned)
+    place = bind(tirx.call_llvm_pure_intrin(place.ty, "llvm.ptrmask", place, aligned))  # TVM's CSE forgets uses below
     return T.decl_buffer(weights.shape, weights.dtype, data=place, strides=weights.strides)
 
 
