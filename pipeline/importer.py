@@ -21,7 +21,6 @@ from tvm import relax, te, tirx
 
 from pipeline import onnx_file
 from pipeline.values import (
-    OUT_ELEMENTWISE_FUSABLE,
     ByteSum,
     Channelwise,
     Codes,
@@ -40,7 +39,7 @@ from pipeline.values import (
 from targets import Target
 from tvm_ops import opset
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, decode, odd, unpack, unsigned
-from tvm_ops.ops import bitweight_conv2d, byte_conv2d, float_conv2d, quantize, stacked_conv2d
+from tvm_ops.ops import bitweight_conv2d, byte_conv2d, quantize, stacked_conv2d
 from tvm_ops.ops.bitserial_conv2d import Geometry, Product
 from tvm_ops.output_transform import Step, product
 
@@ -255,23 +254,7 @@ def _product(e: Emitter, x: Value, weight: Constant, geometry: Geometry, shape: 
     few = bitweight_conv2d.few_bits(weights)
     if few is not None:
         return Channelwise(RealSum(e, x, few, geometry, shape))
-    return _float_sums(e, x, weights, geometry, shape)
-
-
-def _float_sums(e: Emitter, x: Value, weights: np.ndarray, geometry: Geometry, shape: tuple[int, ...]) -> Value:
-    """The convolution, or of [N, C] the matrix product, with weights that are floats like any other."""
-    if e.target.gpu is not None:
-        return Channelwise(FloatSum(e, x, weights, geometry, shape))
-
-    dense = len(shape) == 2
-
-    def compute(*tensors: Any) -> Any:
-        if dense:
-            return float_conv2d.compute_dense(shape[1], *tensors)
-        return float_conv2d.compute(geometry, shape[1], *tensors)
-
-    kind, packed = "dense" if dense else "conv2d", float_conv2d.pack_weight(weights)
-    return Channelwise(Real(e, e.te(kind, compute, x.real(), packed, op_pattern=OUT_ELEMENTWISE_FUSABLE), shape))
+    return Channelwise(FloatSum(e, x, weights, geometry, shape))
 
 
 def _per_channel(value: Value, like: Value) -> np.ndarray | None:

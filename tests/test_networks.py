@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import targets
-from pipeline import importer, models
+from pipeline import compiler, importer, models, program
 from pipeline.deploy import _binary_sign, deploy
 from pipeline.export import export
 from pipeline.layers import QuantConv2d, QuantLinear
@@ -195,6 +195,28 @@ def test_float_stem_with_dyadic_weights(rng: np.random.Generator, tmp_path: Path
         QuantLinear(33 * 9, 10),
     )
     assert_identical(dyadic_floats(model, rng), dyadic(rng, (5, 3, 12, 12)), tmp_path)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_float_stem_whose_sums_are_pooled_in_strips(threads: int, rng: np.random.Generator, tmp_path: Path) -> None:
+    """On CPUs with AVX-512. With a norm between, or without; a pool read by a sign, and by a sum."""
+    between = [nn.BatchNorm2d(32), nn.ReLU()] if threads == 2 else []
+    stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), *between, nn.MaxPool2d(3, 2, 1))
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.conv = stem, nn.BatchNorm2d(32), QuantConv2d(32, 32, 3, padding=1, group=16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.conv(self.norm(x)) + x
+
+    x = dyadic(rng, (2, 3, 80, 72))
+    assert_identical(dyadic_floats(Pooled(), rng), x, tmp_path, threads=threads)
+    for name, expected in {"x86-avx512vnni": True, "x86-avx2": False, "cortex-a72": False}.items():
+        lowered = compiler.lower(importer.load(tmp_path / "model.onnx", 2, targets.load(name)))
+        assert any("pooled_conv2d" in name for name in program.functions(lowered)) == expected
 
 
 def test_global_average_and_float_tail(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline import compiler
 from pipeline.compiler import default_schedule
 from tvm_ops import schedule_cpu
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, encode, odd, pack, unsigned
-from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, float_conv2d, max_pool2d, quantize
+from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, float_conv2d, max_pool2d, pooled_conv2d, quantize
 from tvm_ops.ops.bitserial_conv2d import Border, Geometry, Product
 from tvm_ops.output_transform import Step, Threshold, apply
 
@@ -505,6 +505,90 @@ def test_max_pooling_that_is_refused(geometry: Geometry, sentence: str) -> None:
 
     with pytest.raises(ValueError, match=sentence):
         max_pool2d.compute(geometry, te.placeholder((1, 5, 5, 8), "float32"))
+
+
+def drawn_stem(rng: np.random.Generator) -> tuple[Geometry, Geometry, int]:
+    """A convolution, a pool of its sums, and rows that strips may have: any strides, pads and, before it, dilations."""
+
+    def pair(low: int, high: int) -> tuple[int, int]:
+        return int(rng.integers(low, high)), int(rng.integers(low, high))
+
+    while True:
+        conv = Geometry(pair(5, 24), pair(1, 6), pair(1, 3), (*pair(0, 4), *pair(0, 4)), pair(1, 3))
+        if min(conv.output) < 4:
+            continue
+        kernel = pair(1, 5)
+        pads = tuple(int(rng.integers(0, kernel[i % 2])) for i in range(4))
+        pool = Geometry(conv.output, kernel, pair(1, 4), pads)  # type: ignore[arg-type]
+        high = pool.output[0]
+        strips = [s for s in range(1, high + 1) if high % s == 0 and s * pool.strides[0] >= max(pads[::2])]
+        if min(pool.output) > 0 and strips:
+            return conv, pool, int(rng.choice(strips))
+
+
+@pytest.mark.parametrize("draw", range(6))
+@SCHEDULED
+def test_convolution_and_pool_in_strips(
+    draw: int, scheduled: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sums negative, some with steps behind them; integers, whose sums have one value in any order."""
+    monkeypatch.setattr(schedule_cpu, "_MIN_PARALLEL_STEPS", 0)
+    conv, pool, rows = drawn_stem(rng)
+    filters, channels = int(rng.choice([32, 64])), int(rng.integers(1, 5))
+    print(conv, pool, rows, filters, channels)
+    x = rng.integers(1, 10, (2, *conv.image, channels)).astype(np.float32)
+    weights = -rng.integers(1, 10, (filters, channels, *conv.kernel)).astype(np.float32)
+    steps = transform(rng, filters, 100.0) if draw % 2 else []
+    arrays = [x, float_conv2d.pack_weight(weights), *(step.value for step in steps)]
+    result = run(
+        lambda *t: pooled_conv2d.compute(conv, pool, rows, steps, *t), arrays, scheduled, threads=1 + draw // 2 % 2
+    )
+
+    sums = apply(steps, convolution(x, weights, conv).astype(np.float32))
+    padded = np.pad(sums, [(0, 0), pool.pads[::2], pool.pads[1::2], (0, 0)], constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, pool.kernel, (1, 2)).max((-2, -1))
+    np.testing.assert_array_equal(result, windows[:, :: pool.strides[0], :: pool.strides[1]])
+
+
+def test_pool_in_strips_gives_the_bits_of_two_kernels(rng: np.random.Generator) -> None:
+    """NaNs, which win or not by their place in a window, and sums that depend on their order."""
+    conv, pool, rows = drawn_stem(rng)
+    print(conv, pool, rows)
+    x = rng.normal(size=(2, *conv.image, 3)).astype(np.float32)
+    x[rng.random(x.shape) < 0.02] = np.nan
+    weight = float_conv2d.pack_weight(rng.normal(size=(64, 3, *conv.kernel)).astype(np.float32))
+    sums = run(lambda *t: float_conv2d.compute(conv, 64, *t), [x, weight], scheduled=True)
+    pooled = run(lambda t: max_pool2d.compute(pool, t), [sums], scheduled=True)
+    result = run(lambda *t: pooled_conv2d.compute(conv, pool, rows, [], *t), [x, weight], scheduled=True)
+    np.testing.assert_array_equal(result.view(np.uint32), pooled.view(np.uint32))
+
+
+STEM = Geometry((224, 224), (7, 7), (2, 2), (3, 3, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("conv", "pool", "filters", "channels", "rows"),
+    [
+        (STEM, Geometry((112, 112), (3, 3), (2, 2), (1, 1, 1, 1)), 64, 3, 14),
+        (STEM, Geometry((112, 112), (2, 2), (2, 2)), 64, 3, 14),
+        (STEM, Geometry((112, 112), (3, 3), (2, 2), (1, 1, 1, 1), (2, 2)), 64, 3, 0),
+        (STEM, Geometry((112, 112), (3, 3), (2, 2), (1, 1, 1, 1)), 40, 3, 0),  # parts of a block
+        (STEM, Geometry((112, 112), (3, 3), (2, 2), (1, 1, 1, 1)), 64, 8, 0),  # of so many products a pass is little
+        (STEM, Geometry((112, 112), (5, 3), (1, 2), (2, 1, 2, 1)), 64, 3, 0),  # too much is summed twice
+        (
+            Geometry((56, 56), (3, 3), (1, 1), (1, 1, 1, 1)),
+            Geometry((56, 56), (2, 2), (2, 2)),
+            64,
+            3,
+            0,
+        ),  # stays anyway
+    ],
+)
+def test_where_sums_are_pooled_in_strips(
+    conv: Geometry, pool: Geometry, filters: int, channels: int, rows: int
+) -> None:
+    products = channels * conv.kernel[0] * conv.kernel[1]
+    assert pooled_conv2d.strip(conv, pool, filters, products) == rows
 
 
 # Search space and targets ------------------------------------------------------------------------------------------

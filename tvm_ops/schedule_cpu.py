@@ -19,7 +19,7 @@ from typing import Any
 from targets import ByteCounter, BytePopcount, ByteProduct, Target
 from tvm_ops import adder_network, byte_products, byte_sums
 from tvm_ops.bitplanes import WORD_BITS
-from tvm_ops.ops import bitpack, bitserial_conv2d, bitweight_conv2d, byte_conv2d, float_conv2d
+from tvm_ops.ops import bitpack, bitserial_conv2d, bitweight_conv2d, byte_conv2d, float_conv2d, pooled_conv2d
 
 _DATA_PARALLEL, _REDUCTION = 0, 2
 # A fork and join of TVM's thread pool takes some 5 us, in which a core does about this many vector operations.
@@ -60,6 +60,11 @@ def schedule(sch: Any, target: Target, threads: int, sample: bool = False) -> No
     """
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     reductions = [block for block in blocks if _is_reduction(sch, block)]
+    if _pools(sch, reductions):
+        _inline(sch, blocks)
+        sums, pool = reductions
+        _schedule_pooled(sch, sums, pool, target, threads)
+        return
     if len(reductions) > 1:
         return
     main = reductions[0] if reductions else None
@@ -74,16 +79,21 @@ def schedule(sch: Any, target: Target, threads: int, sample: bool = False) -> No
 
 
 def has_reduction(mod: Any) -> bool:
-    """Whether the function ``main`` of ``mod`` sums to channels, so that there is a loop nest worth searching."""
+    """Whether the function ``main`` of ``mod`` sums to channels, so that there is a loop nest worth searching. One that
+    pools in strips is made by the rule alone."""
     from tvm.s_tir import Schedule
 
     sch = Schedule(mod)
     blocks = [block for block in sch.get_child_blocks(sch.get_sblock("root")) if _is_reduction(sch, block)]
-    return any(_sums(sch, block)[-1] > 1 for block in blocks)
+    return not _pools(sch, blocks) and any(_sums(sch, block)[-1] > 1 for block in blocks)
 
 
 def _is_reduction(sch: Any, block: Any) -> bool:
     return bool(_reductions(sch, block))
+
+
+def _pools(sch: Any, reductions: list[Any]) -> bool:
+    return any(sch.get(block).name_hint == pooled_conv2d.BLOCK for block in reductions)
 
 
 def _packs(sch: Any, block: Any) -> bool:
@@ -312,6 +322,36 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
         sch.unroll(loop)
     if not packs:
         sch.vectorize(inner[-1])
+
+
+def _schedule_pooled(sch: Any, sums: Any, pool: Any, target: Target, threads: int) -> None:
+    """A block of filters and a strip of rows at a time: sums by register tiles, then the maximum of their windows."""
+    (strips,), (made,) = sch.get_producers(sums)[:1], sch.get_consumers(sums)
+    _schedule_map(sch, strips, target, threads)
+    work = math.prod(_extents(sch, sch.get_loops(sums))) // target.lanes
+    writer = next(iter(sch.get_consumers(pool)), None) or sch.cache_write(pool, 0, "global")
+    n, i, j, c = sch.get_loops(writer)
+    _, lanes = _tile(_sums(sch, sums)[2], float_conv2d.FILTERS, 1, target, 4 * math.prod(_reductions(sch, sums)))
+    strip, i = sch.split(i, [None, int(sch.get(pool).annotations["strip"])])
+    j, pixels = sch.split(j, [None, _largest_divisor(_extents(sch, [j])[0], 4)])
+    c, lane = sch.split(c, [None, lanes])
+    sch.reorder(c, n, strip, i, j, pixels, lane)
+    sch.compute_at(pool, j, preserve_unit_loops=True)
+    sch.compute_at(made, strip, preserve_unit_loops=True)
+    *_, column, sum_lane = sch.get_loops(made)
+    wide, _ = _tile(_extents(sch, [column])[0], lanes, lanes, target)
+    column, columns = sch.split(column, [None, wide])
+    sch.compute_at(sums, column, preserve_unit_loops=True)
+    _share(sch, [c, n, strip], work, threads)
+    for block, beside, vector in ((sums, columns, sum_lane), (pool, pixels, lane)):
+        spatial, reduction = _own_loops(sch, block)
+        sch.reorder(*reduction, *spatial)
+        _unroll_taps(sch, reduction, _reductions(sch, block), sample=False)
+        sch.vectorize(spatial[-1])
+        sch.vectorize(vector)
+        sch.decompose_reduction(block, reduction[0])
+        for loop in (*spatial[:-1], beside):
+            sch.unroll(loop)
 
 
 def _spreads(sch: Any, consumer: Any, sums: list[int]) -> bool:

@@ -10,20 +10,29 @@ from typing import Any
 from tvm_ops.ops.bitserial_conv2d import Geometry
 
 
-def compute(geometry: Geometry, x: Any) -> Any:
-    """x: float32 [N, H, W, C] -> [N, OH, OW, C].
+def check(geometry: Geometry) -> None:
+    """Refuse what no maximum is defined for.
 
     Raises:
         ValueError: dilated windows with padding, or windows that lie in the padding.
     """
-    from tvm import te, tirx
-
-    (h, w), (kh, kw), (sy, sx), (dy, dx) = geometry.image, geometry.kernel, geometry.strides, geometry.dilations
-    top, left, *_ = geometry.pads
-    if any(geometry.pads) and (dy, dx) != (1, 1):
+    if any(geometry.pads) and geometry.dilations != (1, 1):
         raise ValueError("max pooling with dilations and padding is not supported: pad with a Pad node before it")
     if not all(geometry.inside(axis).any(1).all() for axis in (0, 1)):
         raise ValueError(f"max pooling with pads {list(geometry.pads)}: a window lies beside the image")
+
+
+def compute(geometry: Geometry, x: Any) -> Any:
+    """x: float32 [N, H, W, C] -> [N, OH, OW, C].
+
+    Raises:
+        ValueError: of `check`.
+    """
+    from tvm import te, tirx
+
+    check(geometry)
+    (h, w), (kh, kw), (sy, sx), (dy, dx) = geometry.image, geometry.kernel, geometry.strides, geometry.dilations
+    top, left, *_ = geometry.pads
     ry, rx = te.reduce_axis((0, kh), "ry"), te.reduce_axis((0, kw), "rx")
 
     def inside(at: Any, extent: int, padded: bool) -> Any:
