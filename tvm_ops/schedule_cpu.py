@@ -79,13 +79,12 @@ def schedule(sch: Any, target: Target, threads: int, sample: bool = False) -> No
 
 
 def has_reduction(mod: Any) -> bool:
-    """Whether the function ``main`` of ``mod`` sums to channels, so that there is a loop nest worth searching. One that
-    pools in strips is made by the rule alone."""
+    """Whether the function ``main`` of ``mod`` sums to channels, so that there is a loop nest worth searching."""
     from tvm.s_tir import Schedule
 
     sch = Schedule(mod)
     blocks = [block for block in sch.get_child_blocks(sch.get_sblock("root")) if _is_reduction(sch, block)]
-    return not _pools(sch, blocks) and any(_sums(sch, block)[-1] > 1 for block in blocks)
+    return any(_sums(sch, block)[-1] > 1 for block in blocks)
 
 
 def _is_reduction(sch: Any, block: Any) -> bool:
@@ -329,19 +328,21 @@ def _schedule_pooled(sch: Any, sums: Any, pool: Any, target: Target, threads: in
     (strips,), (made,) = sch.get_producers(sums)[:1], sch.get_consumers(sums)
     _schedule_map(sch, strips, target, threads)
     work = math.prod(_extents(sch, sch.get_loops(sums))) // target.lanes
-    writer = next(iter(sch.get_consumers(pool)), None) or sch.cache_write(pool, 0, "global")
+    maps = [block for block in sch.get_consumers(pool) if not _packs(sch, block)]
+    writer = maps[0] if maps else sch.cache_write(pool, 0, "global")
     n, i, j, c = sch.get_loops(writer)
-    _, lanes = _tile(_sums(sch, sums)[2], float_conv2d.FILTERS, 1, target, 4 * math.prod(_reductions(sch, sums)))
     strip, i = sch.split(i, [None, int(sch.get(pool).annotations["strip"])])
     j, pixels = sch.split(j, [None, _largest_divisor(_extents(sch, [j])[0], 4)])
-    c, lane = sch.split(c, [None, lanes])
+    c, lane = sch.split(c, [None, float_conv2d.FILTERS])
     sch.reorder(c, n, strip, i, j, pixels, lane)
     sch.compute_at(pool, j, preserve_unit_loops=True)
     sch.compute_at(made, strip, preserve_unit_loops=True)
     *_, column, sum_lane = sch.get_loops(made)
-    wide, _ = _tile(_extents(sch, [column])[0], lanes, lanes, target)
+    wide, _ = _tile(_extents(sch, [column])[0], float_conv2d.FILTERS, float_conv2d.FILTERS, target)
     column, columns = sch.split(column, [None, wide])
     sch.compute_at(sums, column, preserve_unit_loops=True)
+    for packing in [block for block in sch.get_consumers(writer) if _packs(sch, block)]:
+        sch.reverse_compute_at(packing, pixels, preserve_unit_loops=True)
     _share(sch, [c, n, strip], work, threads)
     for block, beside, vector in ((sums, columns, sum_lane), (pool, pixels, lane)):
         spatial, reduction = _own_loops(sch, block)
