@@ -16,8 +16,9 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import tvm
 from numpy.typing import NDArray
-from tvm import relax, te, tirx
+from tvm import relax, te, tirx, topi
 
 from targets import Target
 from tvm_ops import output_transform
@@ -66,6 +67,13 @@ class Emitter:
     def op(self, expr: relax.Expr) -> relax.Expr:
         """A Relax operator."""
         return self.builder.emit(self.builder.normalize(expr))
+
+    def planes(self, x: relax.Expr) -> relax.Expr | None:
+        """The tensor [N, C, H, W] of which `op` made this one [N, H, W, C], if it did."""
+        made = self.builder.lookup_binding(x) if isinstance(x, relax.Var) else None
+        if isinstance(made, relax.Call) and made.op == tvm.ir.Op.get("relax.permute_dims"):
+            return made.args[0]
+        return None
 
 
 class Value(Protocol):
@@ -414,11 +422,14 @@ class FloatSum:
         if not (rows and self.emitter.target.sign_bits and self.emitter.target.vector_bits == 512):
             return None
 
-        def compute(*tensors: Any) -> Any:
-            return pooled_conv2d.compute(self.geometry, pool, rows, steps, *tensors)
+        planes = self.emitter.planes(self.of.real())
 
+        def compute(x: Any, *tensors: Any) -> Any:  # of an image, strips are copied from its planes
+            x = x if planes is None else topi.transpose(x, [0, 2, 3, 1])
+            return pooled_conv2d.compute(self.geometry, pool, rows, steps, x, *tensors)
+
+        x = self.of.real() if planes is None else planes
         packed, constants = float_conv2d.pack_weight(self.weights), [step.value for step in steps]
-        x = self.of.real()
         return self.emitter.te("pooled_conv2d", compute, x, packed, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE)
 
 
