@@ -71,9 +71,9 @@ class Emitter:
     def planes(self, x: relax.Expr) -> relax.Expr | None:
         """The tensor [N, C, H, W] of which `op` made this one [N, H, W, C], if it did."""
         made = self.builder.lookup_binding(x) if isinstance(x, relax.Var) else None
-        if isinstance(made, relax.Call) and made.op == tvm.ir.Op.get("relax.permute_dims"):
-            return made.args[0]
-        return None
+        if not isinstance(made, relax.Call) or made.op != tvm.ir.Op.get("relax.permute_dims"):
+            return None
+        return made.args[0] if list(made.attrs.axes) == [0, 2, 3, 1] else None
 
 
 class Value(Protocol):

@@ -506,6 +506,21 @@ def test_shared_work_gives_the_same(
 
 
 @BOTH
+def test_workers_that_pool_a_stem_in_strips(emit: Emit, rng: np.random.Generator, tmp_path: Path) -> None:
+    """With AVX-512, every worker has memory for a strip of its own."""
+    stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    stem.weight.data = torch.from_numpy(dyadic(rng, tuple(stem.weight.shape)))
+    path = tmp_path / "model.onnx"
+    export(randomise(nn.Sequential(stem, nn.MaxPool2d(3, 2, 1), nn.BatchNorm2d(64)), rng), (3, 80, 72), path)
+    inputs = [{"x": dyadic(rng, (1, 3, 80, 72))} for _ in range(2)]
+    app = c_apps.build(c_apps.compiled(path, tmp_path, emit, threads=2))
+    for workers in range(3):
+        for one, got in zip(inputs, app.run(inputs, workers=workers), strict=True):
+            assert_equal(got, c_apps.by_runtime(path, one))
+    assert min(app.pool_calls[1:]) > 0
+
+
+@BOTH
 def test_real_numbers_in_parallel_are_those_of_one_thread(
     emit: Emit, small_model: Path, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
