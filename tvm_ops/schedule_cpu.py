@@ -52,7 +52,8 @@ _BYTE_REGISTERS = {32: 24, 16: 6}
 def schedule(sch: Any, target: Target, threads: int, sample: bool = False) -> None:
     """Schedule the function ``main`` of ``sch``, an ``s_tir.Schedule``, in place.
 
-    A function with several reductions that depend on each other (softmax) is left as it is: its tensors are small.
+    A function with several reductions that depend on each other is left as it is, for its tensors are small (softmax),
+    but sums that are pooled in strips.
 
     Args:
         threads: cores to share large functions between.
@@ -325,7 +326,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
 
 def _schedule_pooled(sch: Any, sums: Any, pool: Any, target: Target, threads: int) -> None:
     """A block of filters and a strip of rows at a time: sums by register tiles, then the maximum of their windows."""
-    (strips,), (made,) = sch.get_producers(sums)[:1], sch.get_consumers(sums)
+    (strips,), (made,) = sch.get_producers(sums), sch.get_consumers(sums)
     _schedule_map(sch, strips, target, threads)
     work = math.prod(_extents(sch, sch.get_loops(sums))) // target.lanes
     maps = [block for block in sch.get_consumers(pool) if not _packs(sch, block)]
