@@ -61,8 +61,9 @@ def main(
         for target in map(targets.load, core or CORES):
             measured, shipped = (tune.records_folder(root, target, 1) for root in (work, tune.SHIPPED))
             missing = 0
-            for network, file in files.items():
-                start, lowered = time.monotonic(), compiler.lower(importer.load(file, 1, target))
+            networks = {network: compiler.lower(importer.load(file, 1, target)) for network, file in files.items()}
+            for network, lowered in networks.items():
+                start = time.monotonic()
                 if carry is None:
                     tuned = tune.tune(lowered, target, 1, measured, trials, seed=0, warn=console.print)
                 else:
@@ -80,7 +81,7 @@ def main(
                     f"{time.monotonic() - start:.0f} s"
                 )
             if not missing:
-                start, kept = time.monotonic(), tune.keep_best(measured, shipped, target)
+                start, kept = time.monotonic(), tune.keep_best(measured, shipped, target, networks.values())
                 console.print(f"{target.name}: {kept} records shipped; {time.monotonic() - start:.0f} s")
 
 

@@ -154,10 +154,12 @@ def what_ships_is_timed_again(run: Tuning, monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr(bench, "in_turns", in_turns)
     factor, kept = 2.0, tmp_path / "kept"
-    assert tune.keep_best(made.records, kept, made.target) == 0  # the default schedule comes first
+    networks = [compiler.lower(importer.load(made.model, 1, made.target))]
+    assert tune.keep_best(made.records, kept, made.target, []) == 0  # none of its kernels is asked for
+    assert tune.keep_best(made.records, kept, made.target, networks) == 0  # the default schedule comes first
     factor, winners = 0.5, fields[:]
     fields.clear()
-    assert tune.keep_best(made.records, kept, made.target) == sum(count > 1 for count in winners) > 0
+    assert tune.keep_best(made.records, kept, made.target, networks) == sum(count > 1 for count in winners) > 0
     assert fields == winners
     records = compiler.open_records(kept, made.target).get_all_tuning_records()
     assert sorted(float(r.run_secs[0]) for r in records) == sorted(factor ** (n - 1) for n in winners if n > 1)
