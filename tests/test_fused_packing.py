@@ -16,9 +16,8 @@ from tvm.s_tir import Schedule
 import targets
 from pipeline import compiler, importer, models, packaging, session, work
 from pipeline.export import export
-from pipeline.importer import _float_sums
 from pipeline.models.resnet18 import Block
-from pipeline.values import Channelwise, Codes, Emitter, MaxPool, Real, Sum
+from pipeline.values import Channelwise, Codes, Emitter, FloatSum, MaxPool, Real, Sum
 from tvm_ops import schedule_cpu
 from tvm_ops.bitplanes import BINARY, pack
 from tvm_ops.ops.bitserial_conv2d import Geometry
@@ -57,8 +56,8 @@ def module(
                 codes = Codes(emitter, real, BINARY, lambda value: value, [variables[0]])
                 value: Any = Channelwise(Sum(emitter, codes, weights, BINARY, geometry, out), (Step("mul", scale),))
             elif producer == "float":
-                of_floats = _float_sums(emitter, real, weights.astype(np.float32), geometry, out)
-                value = Channelwise(of_floats.base, (Step("mul", scale),))  # type: ignore[attr-defined]
+                of_floats = FloatSum(emitter, real, weights.astype(np.float32), geometry, out)
+                value = Channelwise(of_floats, (Step("mul", scale),))
             else:
                 value = Channelwise(MaxPool(emitter, real, geometry, out))
             floats = value.real()
