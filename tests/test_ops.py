@@ -588,7 +588,7 @@ def test_where_sums_are_pooled_in_strips(
     conv: Geometry, pool: Geometry, filters: int, channels: int, rows: int
 ) -> None:
     products = channels * conv.kernel[0] * conv.kernel[1]
-    assert pooled_conv2d.strip(conv, pool, filters, products) == rows
+    assert pooled_conv2d.strip(pool, filters, products) == rows
 
 
 # Search space and targets ------------------------------------------------------------------------------------------

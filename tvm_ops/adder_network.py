@@ -64,17 +64,20 @@ class Window:
         return f"{kind}_{self.height}x{self.width}x{self.words}_{dy}_{dx}_{meeting}"
 
     @property
+    def vectors(self) -> int:
+        """Vectors of weights of a plane."""
+        return self.height * self.width * self.words * (4 if self.octets else 1)
+
+    @property
     def most(self) -> int:
         """The largest sum of a network: of all pairs of planes, if it counts them together, or of one."""
-        words = self.height * self.width * self.words * (4 if self.octets else 1)
-        return words * (sum(self.planes.factors) if self.joint else 1)
+        return self.vectors * (sum(self.planes.factors) if self.joint else 1)
 
     @property
     def joint(self) -> bool:
         """Whether one network counts all pairs of planes."""
         factors = self.planes.factors
-        words = self.height * self.width * self.words * (4 if self.octets else 1)
-        return self.octets and min(factors) > 0 and (words * sum(factors)).bit_length() <= _MOST_LEVELS
+        return self.octets and min(factors) > 0 and (self.vectors * sum(factors)).bit_length() <= _MOST_LEVELS
 
     @property
     def word(self) -> str:

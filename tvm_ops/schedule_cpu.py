@@ -235,7 +235,8 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     of_floats = sch.get(main).name_hint == float_conv2d.BLOCK
     of_bytes = sch.get(main).name_hint == byte_conv2d.BLOCK and int(sch.get(main).annotations["filters"])
     octets = _octets(sch, main)
-    streams = _stored_bytes(sch, main) > _CACHE_BYTES
+    stored = _stored_bytes(sch, main)
+    streams = stored > _CACHE_BYTES
     whole = octets or of_bytes or (WORD_BITS if packs or unpacks else 1)  # and so many stay together
     whole = math.lcm(whole, WORD_BITS) if also_packed else whole
     work = math.prod(_extents(sch, sch.get_loops(main))) // target.lanes
@@ -266,7 +267,7 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
     channel_outer, inner[-1] = sch.split(channel, [None, inner[-1]])
     outer.append(channel_outer)
     shared = outer
-    many = octets and _stored_bytes(sch, main) * sums[-1] // octets > _CACHE_BYTES
+    many = octets and stored * sums[-1] // octets > _CACHE_BYTES
     if (unpacks or of_floats or of_bytes or many) and math.prod(extents) >= _MANY_PIXELS:
         # Filters first: a tile of them is unpacked once for all pixels, or stays in the nearest cache.
         outer = [channel_outer, *outer[:-1]]

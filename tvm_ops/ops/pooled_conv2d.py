@@ -28,7 +28,7 @@ _MOST_PRODUCTS = 200
 _MOST_REPEATED = 10  # products for each sum, of rows that are summed twice
 
 
-def strip(conv: Geometry, pool: Geometry, filters: int, products: int) -> int:
+def strip(pool: Geometry, filters: int, products: int) -> int:
     """Rows of the pooled map to make at a time; 0: two kernels are better, or this operator cannot.
 
     Args:
