@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 out, err = Console(), Console(stderr=True)
+
+_EXTRAS = {  # what the base install lacks, by the extra of pyproject.toml that brings it
+    "compile": ("cloudpickle", "jinja2", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "psutil", "xgboost"),
+    "train": ("PIL", "sklearn", "torch"),
+    "bench": ("matplotlib",),
+}
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 TargetName = Annotated[str, typer.Option("--target", "-t", help="A name of `crossbit targets`, or 'host'.")]
@@ -748,13 +754,23 @@ def _progress(what: str) -> Iterator[Any]:
         )
 
 
+def _refuse(sentence: str) -> NoReturn:
+    err.print(f"[red]error:[/red] {escape(sentence)}", markup=True, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
 def main() -> None:
     """Run; bad input is one sentence and exit code 2."""
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
-        err.print(f"[red]error:[/red] {escape(str(error))}", markup=True, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _refuse(str(error))
+    except ModuleNotFoundError as error:
+        module = str(error.name).partition(".")[0]
+        extra = next((extra for extra, modules in _EXTRAS.items() if module in modules), None)
+        if extra is None:
+            raise
+        _refuse(f"this command needs {module}: run `pip install '.[{extra}]'` in crossbit's folder")
     except KeyboardInterrupt:
         err.print("interrupted; what was finished is kept")
         sys.exit(130)

@@ -19,10 +19,8 @@ from targets import Target
 
 _PREFIX = "/usr/local/cuda"  # of NVIDIA's packages for Linux
 _CODE = ("-std=c++17", "-O3")
-_INSTALL = (
-    "run `pip install crossbit[cuda]` (CUDA 13.0), or install NVIDIA's CUDA toolkit and put nvcc on PATH or its folder "
-    "in CUDA_PATH"
-)
+_WHEELS = "run `pip install '.[cuda]'` in crossbit's folder (CUDA 13.0)"
+_INSTALL = f"{_WHEELS}, or install NVIDIA's CUDA toolkit and put nvcc on PATH or its folder in CUDA_PATH"
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Nvcc:
         """
         tool = self.path.with_name("cuobjdump")
         if not tool.is_file():
-            raise ValueError(f"{tool}: missing; run `pip install crossbit[cuda]` or install the whole CUDA toolkit")
+            raise ValueError(f"{tool}: missing; {_WHEELS} or install the whole CUDA toolkit")
         found = {}
         for listing in run("cuobjdump", str(tool), "-sass", str(binary)).split("code for ")[1:]:
             architecture = listing.split(maxsplit=1)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -416,7 +417,7 @@ def test_help_has_an_example_that_parses(command: str, crossbit: Crossbit) -> No
 
 
 def test_a_board_verifies_and_benches_without_torch_and_onnx(small_artifact: Path) -> None:
-    """Only what `pip install crossbit` brings, and no other output than the command's."""
+    """Only what the base install brings, and no other output than the command's."""
     script = (
         "import sys\n"
         "for name in ('torch', 'onnx', 'onnx_ir', 'onnxscript', 'onnxruntime', 'sklearn', 'scipy', 'xgboost'):\n"
@@ -437,6 +438,33 @@ def test_a_board_verifies_and_benches_without_torch_and_onnx(small_artifact: Pat
     )
     assert (timed.returncode, timed.stderr) == (0, "")
     assert json.loads(timed.stdout)["measurements"][0]["median_us"] > 0
+
+
+@pytest.mark.parametrize(("extra", "module"), [(e, m) for e, modules in cli._EXTRAS.items() for m in modules])
+def test_what_an_extra_brings_is_named(
+    extra: str, module: str, crossbit: Crossbit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table of the extras is that of pyproject.toml, and a command without one says which."""
+    (distribution,) = set(importlib.metadata.packages_distributions()[module])
+    brought = [r for r in importlib.metadata.requires("crossbit") or [] if f'extra == "{extra}"' in r.replace("'", '"')]
+    assert any(re.match(rf"{distribution}\b(?!-)", r, re.IGNORECASE) for r in brought)
+
+    def without(*_: object) -> None:
+        raise ModuleNotFoundError(f"No module named '{module}.part'", name=f"{module}.part")
+
+    monkeypatch.setattr(targets, "names", without)
+    result = crossbit("targets")
+    assert result.code == 2
+    assert result.err == f"error: this command needs {module}: run `pip install '.[{extra}]'` in crossbit's folder\n"
+
+
+def test_an_unknown_missing_module_is_a_fault(crossbit: Crossbit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'pipeline.gone'", name="pipeline.gone")
+
+    monkeypatch.setattr(targets, "names", without)
+    with pytest.raises(ModuleNotFoundError, match=r"pipeline\.gone"):
+        crossbit("targets")
 
 
 def test_the_installed_command() -> None:

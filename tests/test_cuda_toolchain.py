@@ -52,7 +52,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_nvcc_the_sentence_names_the_extra_and_the_toolkit(bare: Path) -> None:
-    with pytest.raises(ValueError, match=r"no nvcc for sm_80 .*pip install crossbit\[cuda\].*toolkit.*CUDA_PATH"):
+    with pytest.raises(ValueError, match=r"no nvcc for sm_80 .*pip install '\.\[cuda\]'.*toolkit.*CUDA_PATH"):
         cuda_toolchain.find(targets.load("cuda-sm80"))
 
 
@@ -64,7 +64,7 @@ def test_the_first_that_knows_the_gpu_is_taken(bare: Path, monkeypatch: pytest.M
     found = cuda_toolchain.find(targets.load("cuda-sm80"))
     assert (found.path, found.name, found.architectures) == (in_variable, "nvcc 12.4.131", ("sm_80", "sm_100"))
     assert cuda_toolchain.find(targets.load("cuda-sm75")).path == on_path
-    with pytest.raises(ValueError, match=r"no nvcc for sm_120 .*nvcc 12\.4\.131 .*knows sm_80, sm_100.*crossbit\[cuda"):
+    with pytest.raises(ValueError, match=r"no nvcc for sm_120 .*nvcc 12\.4\.131 .*knows sm_80, sm_100.*'\.\[cuda\]"):
         cuda_toolchain.find(targets.load("cuda-sm120"))
 
 
