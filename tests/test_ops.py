@@ -249,6 +249,34 @@ def test_convolution_in_bytes(
     check_convolution(x, weight, product, steps, str(rng.choice(["floats", "bits"])), scheduled=True, threads=threads)
 
 
+@pytest.mark.parametrize(
+    ("size", "depth", "bits"),
+    [(1, 1, 1), (1, 3, 2), (1, 7, 1), (1, 8, 1), (3, 2, 1), (3, 3, 2), (3, 4, 1), (3, 4, 3)],
+)
+@pytest.mark.parametrize("target", ["x86-avx2", "x86-avx512bw"])
+def test_networks_up_to_all_that_differ(
+    target: str, size: int, depth: int, bits: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows whose bits all differ, all agree, or all but one, in networks of many forms; thresholds up to beyond."""
+    host = targets.load(target)
+    if missing := host.missing_features():
+        pytest.skip(f"this CPU lacks {missing}")
+    monkeypatch.setattr(targets, "host", lambda: host)
+    filters, code = 64, BINARY if bits == 1 else unsigned(bits)
+    pattern = signs(rng, 1, 32 * depth, size, size)
+    weight = pattern * signs(rng, filters, 1, 1, 1)
+    least, most = min(code.values), max(code.values)
+    x = drawn(rng, code, 4, size, size, 32 * depth)
+    x[:3] = np.where(pattern > 0, most, least).transpose(0, 2, 3, 1)
+    x[1] = most + least - x[0]
+    x[2, 0, 0, 0] = most + least - x[0, 0, 0, 0]
+    product = Product(Geometry((size, size), (size, size)), code)
+    largest = int(np.abs(convolution(x, weight, product.geometry)).max())
+    at = rng.choice([s * (largest - off) for s in (-1, 1) for off in (-1, 0, 1, 2, 3)] + [0], filters)
+    check_convolution(x, weight, product, [], "floats", scheduled=True)
+    check_convolution(x, weight, product, [Step("add", -at.astype(np.float32))], "bits", scheduled=True)
+
+
 def test_sums_of_bytes_that_16_bits_just_hold(rng: np.random.Generator) -> None:
     """A dense layer of 2^15 - 32 channels that all differ; with a word more, its weights are no bytes."""
     counter = targets.host().byte_counter
