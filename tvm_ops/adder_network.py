@@ -155,14 +155,12 @@ def intrinsic(counter: ByteCounter, window: Window) -> str:
 
 def spread(words: int, summable: bool) -> str:
     """Register the intrinsic that makes vectors of the bytes of ``words`` words, and return its name."""
-    from tvm import tirx
     from tvm.s_tir import TensorIntrin
     from tvm.script import tirx as T
 
     name = f"spread_octets_{words}_{summable:d}"
     if TensorIntrin.get(name, allow_missing=True) is not None:
         return name
-    each_four_times = [tirx.const(i // 4, "int32") for i in range(16 * words)]
 
     @T.prim_func(s_tir=True)
     def describe(x: T.handle, y: T.handle) -> None:
@@ -183,27 +181,31 @@ def spread(words: int, summable: bool) -> str:
         with T.sblock("root"):
             T.reads(source[0:words])
             T.writes(copy[0 : 4 * words])
-            _spread(source, copy, words, summable, each_four_times)
+            _spread(source, copy, words, summable)
 
     TensorIntrin.register(name, describe, implement)
     return name
 
 
-def _spread(source: Any, copy: Any, words: int, summable: bool, order: list[Any]) -> None:
+def _spread(source: Any, copy: Any, words: int, summable: bool) -> None:
+    """All words, at most four, in each 128 bits first: then one shuffle of bytes inside these is left."""
     from tvm import tirx
     from tvm.script.ir_builder.tirx import buffer_store
 
-    def vector(value: int) -> Any:
-        one = tirx.const(value, "uint32")
-        return tirx.Broadcast(one, words) if words > 1 else one
+    def chosen(vector: Any, places: list[int]) -> Any:
+        copies = [vector] * (len(places) // int(vector.ty.dtype.lanes))  # TVM wants as many lanes to choose from
+        return tirx.Shuffle(copies, [tirx.const(place, "int32") for place in places])
 
-    at = tirx.Ramp(0, 1, words) if words > 1 else 0
-    loaded = source[at]
+    lanes = 4 * words
+    if words == 1:
+        everywhere = tirx.Broadcast(source[0], lanes)
+    else:
+        everywhere = chosen(source[tirx.Ramp(0, 1, words)], [i % words for _ in range(words) for i in range(4)])
     if summable:
-        loaded = with_sum(loaded, vector)
-    octets = tirx.reinterpret(f"uint8x{4 * words}", loaded)
-    octets = tirx.Shuffle([octets] * 4, order)  # TVM wants as many lanes to choose from
-    buffer_store(copy, tirx.reinterpret(f"uint32x{4 * words}", octets), [tirx.Ramp(0, 1, 4 * words)])
+        everywhere = with_sum(everywhere, lambda value: tirx.Broadcast(tirx.const(value, "uint32"), lanes))
+    octets = tirx.reinterpret(f"uint8x{4 * lanes}", everywhere)
+    octets = chosen(octets, [i // 16 * (16 + 4) + i % 16 // 4 for i in range(4 * lanes)])  # of the i // 16th word
+    buffer_store(copy, tirx.reinterpret(f"uint32x{lanes}", octets), [tirx.Ramp(0, 1, lanes)])
 
 
 def _all(buffer: Any) -> Any:
