@@ -424,7 +424,9 @@ def _interleaved(counter: ByteCounter, levels: list[tuple[int, Any]]) -> list[tu
     octets, lanes = counter.octets, 2 * counter.lanes
     weights = itertools.accumulate(1 << level for level, _ in levels)
     first = sum(weight <= MOST_WORDS for weight in weights)  # so many fit the first byte, whatever is one
-    low, high = _in_bytes(counter, levels[:first]), _in_bytes(counter, levels[first:]) if levels[first:] else None
+    rest = levels[first:]
+    assert sum(1 << level - rest[0][0] for level, _ in rest) <= MOST_WORDS, "a byte would overflow"
+    low, high = _in_bytes(counter, levels[:first]), _in_bytes(counter, rest) if rest else None
     zeros = tirx.Broadcast(tirx.const(0, "uint8"), octets)
     found = []
     for half in (0, 8):
@@ -438,7 +440,7 @@ def _interleaved(counter: ByteCounter, levels: list[tuple[int, Any]]) -> list[tu
         if high is None:
             ones = tirx.reinterpret(f"int16x{lanes}", both)
         else:
-            factors = tirx.Broadcast(tirx.const(1 + (256 << levels[first][0]), "int16"), lanes)
+            factors = tirx.Broadcast(tirx.const(1 + (256 << rest[0][0]), "int16"), lanes)
             factors = tirx.reinterpret(f"int8x{octets}", factors)
             ones = tirx.call_llvm_pure_intrin(f"int16x{lanes}", counter.pair_sum, both, factors)
         found.append((half * octets // 16, bind(ones)))
