@@ -14,7 +14,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 import pipeline.llvm  # noqa: F401 (TVM finds its function by name)
-from pipeline import cuda_kernel, program, work
+from pipeline import cuda_kernel, in_place, program, work
 from targets import Target
 from tvm_ops import adder_network, byte_products, byte_sums, schedule_cpu, schedule_cuda
 from tvm_ops.bitplanes import WORD_BITS
@@ -111,7 +111,7 @@ def finish(function: Any, target: Target) -> Any:
 def scheduled(
     mod: tvm.IRModule, target: Target, threads: int, records: Path | None = None
 ) -> tuple[tvm.IRModule, int, int]:
-    """A lowered module with every kernel scheduled, how many kernels it has, and how many a tuning record made.
+    """A lowered module with every kernel scheduled, how many were, and how many a tuning record made.
 
     Args:
         threads: cores to share work between.
@@ -127,6 +127,8 @@ def scheduled(
         mod[name] = default_schedule(tvm.IRModule({"main": func}), target, threads).mod["main"]
     for name in kernels:
         mod[name] = finish(mod[name], target)
+    if target.gpu is None:
+        mod = in_place.reuse(mod)
     return mod, len(kernels), len(kernels) - len(untuned)
 
 
