@@ -7,8 +7,8 @@ scale for 16 filters; with ``--first-8-bit`` the stem is binary too, on 8-bit im
 runs the same graph with its own binary convolutions. The float twin runs in ONNX Runtime, and quantised to 8 bits there
 and in OpenVINO. Writes {"crossbit_ms": .., "peers_ms": {name: ..}}.
 
-The limit is what the multiply-accumulates of our kernels would take alone: floats, bits and bytes at the core's
-ceilings (`pipeline/ceiling.c`); with several threads, divided by their number.
+The limit is what the network's multiply-accumulates would take alone: floats, bits and bytes at the core's ceilings
+(`pipeline/ceiling.c`); with several threads, divided by their number.
 """
 
 from __future__ import annotations
@@ -94,9 +94,12 @@ def openvino_peers(binary: Path, int8: Path, golden: Path, scores: np.ndarray, t
     return timers
 
 
-def limit_ms(calls: tuple[artifact.Call, ...], rates: dict[ceiling.Kind, float], threads: int) -> float:
-    """What the multiply-accumulates of a network take at ``rates`` a second and core."""
-    return sum(call.macs / rates[call.kind] for call in calls if call.kind) / threads * 1000
+def limit_ms(manifest: artifact.Manifest, rates: dict[ceiling.Kind, float], threads: int) -> float:
+    """What the multiply-accumulates of a network take at ``rates`` a second and core; of floats those of its layers,
+    for kernels sum some rows of a stem twice."""
+    floats = sum(layer.float_macs for layer in manifest.layers) / rates["float"]
+    codes = sum(call.macs / rates[call.kind] for call in manifest.calls if call.kind not in ("", "float"))
+    return (floats + codes) / threads * 1000
 
 
 def main(
@@ -141,7 +144,7 @@ def main(
         sizes |= {peer: path.stat().st_size for peer, path in files.items()}
     ours, *others = (float(np.median(times)) * 1000 for times in seconds)
     summary = {"crossbit_ms": ours, "peers_ms": dict(zip(list(timers)[1:], others, strict=True))}
-    limit = limit_ms(manifest.calls, {kind: float(np.median(found)) for kind, found in rates.items()}, threads)
+    limit = limit_ms(manifest, {kind: float(np.median(found)) for kind, found in rates.items()}, threads)
     stem = "8-bit" if first_8_bit else "float"
     title = f"{targets.cpu_name()}, {target.name}, {threads} thread(s), {stem} stem, {manifest.created}"
     table = Table(title=title, title_justify="left")
