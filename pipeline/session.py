@@ -90,6 +90,12 @@ class Session:
         library = tvm.runtime.load_module(str(self.folder / artifact.LIBRARY))
         self._machine = tvm.runtime.vm.VirtualMachine(library, self._device)
 
+    @functools.cached_property
+    def _inputs(self) -> list[tvm.runtime.Tensor]:
+        """Where inputs are copied: TVM's allocator aligns memory to the 64 bytes that compiled code takes for granted.
+        It is kept, for the pages of new memory cost more than the copy."""
+        return [tvm.runtime.empty(spec.shape, spec.dtype, self._device) for spec in self.manifest.inputs]
+
     def _tensors(self, inputs: dict[str, np.ndarray]) -> list[tvm.runtime.Tensor]:
         expected = {spec.name: spec for spec in self.manifest.inputs}
         if set(inputs) != set(expected):
@@ -100,8 +106,9 @@ class Session:
                 raise ValueError(
                     f"input '{name}' is {spec.dtype} {list(spec.shape)}, given {array.dtype} {list(array.shape)}"
                 )
-        # A copy: TVM's allocator aligns it to the 64 bytes that compiled code takes for granted.
-        return [tvm.runtime.tensor(np.ascontiguousarray(inputs[s.name]), self._device) for s in self.manifest.inputs]
+        for spec, tensor in zip(self.manifest.inputs, self._inputs, strict=True):
+            tensor.copyfrom(np.ascontiguousarray(inputs[spec.name]))
+        return self._inputs
 
     def _call(self, tensors: list[tvm.runtime.Tensor]) -> Any:
         """One tensor, or a sequence of them."""
