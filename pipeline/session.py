@@ -107,8 +107,16 @@ class Session:
                     f"input '{name}' is {spec.dtype} {list(spec.shape)}, given {array.dtype} {list(array.shape)}"
                 )
         for spec, tensor in zip(self.manifest.inputs, self._inputs, strict=True):
-            tensor.copyfrom(np.ascontiguousarray(inputs[spec.name]))
+            if self._is_here:
+                np.copyto(np.from_dlpack(tensor), inputs[spec.name])
+            else:
+                tensor.copyfrom(np.ascontiguousarray(inputs[spec.name]))
         return self._inputs
+
+    @property
+    def _is_here(self) -> bool:
+        """Whether tensors lie in this process's memory, where NumPy copies twice as fast as TVM."""
+        return bool(self._device == tvm.cpu())
 
     def _call(self, tensors: list[tvm.runtime.Tensor]) -> Any:
         """One tensor, or a sequence of them."""
@@ -123,7 +131,8 @@ class Session:
         """
         result = self._call(self._tensors(inputs))
         results = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
-        return {spec.name: r.numpy() for spec, r in zip(self.manifest.outputs, results, strict=True)}
+        arrays = [np.from_dlpack(r).copy() if self._is_here else r.numpy() for r in results]
+        return {spec.name: array for spec, array in zip(self.manifest.outputs, arrays, strict=True)}
 
     @exclusive
     def seconds(self, inputs: dict[str, np.ndarray], calls: int) -> float:
