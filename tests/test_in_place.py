@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import c_apps
+import machines
 import numpy as np
 import pytest
 import tvm
@@ -13,7 +15,7 @@ from torch import nn
 from tvm import relax, te, tirx
 
 import targets
-from pipeline import compiler, importer, in_place, models, packaging, session
+from pipeline import compiler, importer, in_place, models, session
 from pipeline.export import export
 from pipeline.models.resnet18 import Block
 
@@ -157,17 +159,34 @@ def test_residual_blocks_have_one_map(name: str, rng: np.random.Generator, tmp_p
     assert len(in_place_calls(mod)) == (0 if target.gpu else 2)
 
 
-@pytest.mark.parametrize("emit", ["vm", "c-lib", "c-source"])
-def test_networks_in_place(emit: str, rng: np.random.Generator, tmp_path: Path) -> None:
-    """A packaged network with shortcuts and pools, on one thread or two, gives what ONNX Runtime gives."""
+@pytest.mark.parametrize(
+    ("emit", "name"),
+    [
+        ("vm", "host"),
+        ("vm", "x86-avx2"),
+        ("c-lib", "host"),
+        ("c-lib", "x86-avx2"),
+        ("c-lib", "cortex-a72"),
+        ("c-lib", "cortex-a76"),
+        ("c-lib", "cortex-a7"),
+        ("c-source", "host"),
+    ],
+)
+def test_networks_in_place(emit: Any, name: str, rng: np.random.Generator, tmp_path: Path) -> None:
+    """With shortcuts and a pool, on one thread or two, twice: what a call leaves in memory changes nothing."""
+    target, threads = targets.load(name), int(rng.integers(1, 3))
+    machines.need(target)
     quantize = models.Quantize(group=int(rng.choice([1, 4, 16])))
     model = nn.Sequential(Block(32, 32, 1, quantize), Block(32, 64, 2, quantize), Block(64, 64, 1, quantize))
-    export(randomise(model, rng), (32, 8, 8), tmp_path / "model.onnx")
-    threads = int(rng.integers(1, 3))
-    packaging.compile_network(tmp_path / "model.onnx", tmp_path / "lib", targets.host(), threads, emit=emit)  # type: ignore[arg-type]
-    opened = session.open_session(tmp_path / "lib")
-    for _ in range(2):  # what a call leaves in memory changes nothing
-        x = dyadic(rng, (1, 32, 8, 8))
-        (expected,) = packaging.oracle(tmp_path / "model.onnx").run(None, {"x": x})
-        (found,) = opened.run({"x": x}).values()
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    path, images = tmp_path / "model.onnx", [{"x": dyadic(rng, (1, 32, 8, 8))} for _ in range(2)]
+    export(randomise(model, rng), (32, 8, 8), path)
+    folder = c_apps.compiled(path, tmp_path, emit, name, threads)
+    if emit == "vm":
+        opened = session.open_session(folder)
+        found = [opened.run(image) for image in images]
+    else:
+        found = c_apps.build(folder).run(images, workers=threads)
+    for outputs, image in zip(found, images, strict=True):
+        (right,) = c_apps.by_runtime(path, image).values()
+        (output,) = outputs.values()
+        np.testing.assert_allclose(output, right, rtol=0, atol=1e-4 * np.abs(right).max())
