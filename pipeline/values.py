@@ -43,9 +43,15 @@ from tvm_ops.output_transform import Step
 # TVM's OpPatternKind: what follows may be fused to it; nothing may.
 OUT_ELEMENTWISE_FUSABLE, OPAQUE = 4, 8
 
+_POOLED_VECTORS = 2  # of filters of `ByteSum.pooled`: as many as a block of floats has
+
 Shape = tuple[int, ...]
 Array = NDArray[Any]
 Finish = Callable[..., Any]  # a last expression of a kernel, such as the pattern of a code
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 @dataclass
@@ -68,12 +74,14 @@ class Emitter:
         """A Relax operator."""
         return self.builder.emit(self.builder.normalize(expr))
 
-    def planes(self, x: relax.Expr) -> relax.Expr | None:
-        """The tensor [N, C, H, W] of which `op` made this one [N, H, W, C], if it did."""
+    def source(self, x: relax.Expr) -> tuple[relax.Expr, Finish]:
+        """What a kernel reads to have a tensor [N, H, W, C], and how it makes that: of planes, if `op` did."""
         made = self.builder.lookup_binding(x) if isinstance(x, relax.Var) else None
         if not isinstance(made, relax.Call) or made.op != tvm.ir.Op.get("relax.permute_dims"):
-            return None
-        return made.args[0] if list(made.attrs.axes) == [0, 2, 3, 1] else None
+            return x, _as_it_is
+        if list(made.attrs.axes) != [0, 2, 3, 1]:
+            return x, _as_it_is
+        return made.args[0], lambda planes: topi.transpose(planes, [0, 2, 3, 1])
 
 
 class Value(Protocol):
@@ -85,10 +93,6 @@ class Value(Protocol):
 
     def real(self) -> relax.Expr:
         """The float tensor, emitted once."""
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,6 +285,46 @@ class ByteSum(Sum):
     def _words(self) -> relax.Expr:
         return _as_map(self.emitter, self.codes.patterns(), self.codes.shape)
 
+    def pooled(self, steps: Sequence[Step], pool: Geometry) -> relax.Expr | None:
+        """As `FloatSum.pooled`. The steps come last: filters of which they descend are stored negated."""
+        flip = np.where(output_transform.direction(steps, len(self.weights)) < 0, -1, 1).astype(np.int8)
+        weights = self.weights * flip.reshape(-1, 1, 1, 1)
+        packed = byte_conv2d.pack_weight(weights, self.form, _POOLED_VECTORS)
+        _, kh, groups, width = packed.shape
+        instructions = kh * groups * self.form.instructions
+        rows = _strip(self.emitter.target, pool, len(flip), width // self.form.group, instructions)
+        if not rows or not output_transform.finite(steps, self.product.limit(weights[0].size)):
+            return None
+        edge = self._border(weights, self.product)
+        x, image = self._image()
+
+        def compute(x: Any, weight: Any, table: Any) -> Any:
+            def sums(window: Geometry, strips: Any) -> Any:
+                return byte_conv2d.sums(strips, weight, replace(self.product, geometry=window), self.form)
+
+            def dot(value: Any, row: Any, column: Any, channel: Any) -> Any:
+                return (edge.at(table, row, column, channel) - self.product.factor * value).astype("float32")
+
+            return pooled_conv2d.compute(self.geometry, pool, rows, image(x), sums, dot)
+
+        table = edge.values.astype(np.int32)
+        out = self.emitter.te("pooled_byte_conv2d", compute, x, packed, table, op_pattern=OUT_ELEMENTWISE_FUSABLE)
+        unflip = [Step("mul", flip.astype(np.float32))] if (flip < 0).any() else []
+        return Real(self.emitter, out, (*self.shape[:2], *pool.output)).stepped([*unflip, *steps])
+
+    def _image(self) -> tuple[relax.Expr, Finish]:
+        """What a kernel reads to have the patterns, and how it makes them: of floats that exist, without a kernel."""
+        codes, base = self.codes, self.codes.of.base
+        if codes.of.steps or not isinstance(base, Real):
+            return codes.patterns(), _as_it_is
+        x, image = self.emitter.source(base.expr)
+
+        def patterns(x: Any) -> Any:
+            floats = image(x)
+            return te.compute(floats.shape, lambda *i: codes.pattern(floats[i]), name="patterns")
+
+        return x, patterns
+
 
 @dataclass(frozen=True, eq=False)
 class StackedSum(Sum):
@@ -414,23 +458,31 @@ class FloatSum:
         return self.emitter.te(kind, compute, self.of.real(), packed, op_pattern=OUT_ELEMENTWISE_FUSABLE)
 
     def pooled(self, steps: Sequence[Step], pool: Geometry) -> relax.Expr | None:
-        """The maximum over windows of what ``steps`` make of the sums, in one kernel; None: two are better.
-
-        Measured on CPUs with AVX-512. AVX2 sums half as fast, and what is summed twice costs what is gained.
-        """
-        rows = pooled_conv2d.strip(pool, len(self.weights), self.weights[0].size)
-        if not (rows and self.emitter.target.sign_bits and self.emitter.target.vector_bits == 512):
+        """The maximum over windows of what ``steps`` make of the sums, in one kernel; None: two are better."""
+        filters = len(self.weights)
+        rows = _strip(self.emitter.target, pool, filters, float_conv2d.FILTERS, self.weights[0].size)
+        if not rows:
             return None
+        x, image = self.emitter.source(self.of.real())
 
-        planes = self.emitter.planes(self.of.real())
+        def compute(x: Any, weight: Any, *constants: Any) -> Any:
+            def sums(window: Geometry, strips: Any) -> Any:
+                return float_conv2d.compute(window, filters, strips, weight)
 
-        def compute(x: Any, *tensors: Any) -> Any:  # of an image, strips are copied from its planes
-            x = x if planes is None else topi.transpose(x, [0, 2, 3, 1])
-            return pooled_conv2d.compute(self.geometry, pool, rows, steps, x, *tensors)
+            def made(value: Any, _row: Any, _column: Any, channel: Any) -> Any:
+                return output_transform.emit(steps, constants, value, channel)
 
-        x = self.of.real() if planes is None else planes
+            return pooled_conv2d.compute(self.geometry, pool, rows, image(x), sums, made)
+
         packed, constants = float_conv2d.pack_weight(self.weights), [step.value for step in steps]
         return self.emitter.te("pooled_conv2d", compute, x, packed, *constants, op_pattern=OUT_ELEMENTWISE_FUSABLE)
+
+
+def _strip(target: Target, pool: Geometry, filters: int, block: int, products: int) -> int:
+    """`pooled_conv2d.strip` where it was measured: on CPUs with AVX-512. AVX2 sums half as fast, and what is summed
+    twice costs what is gained."""
+    measured = target.sign_bits and target.vector_bits == 512
+    return pooled_conv2d.strip(pool, filters, block, products) if measured else 0
 
 
 def _as_map(emitter: Emitter, x: relax.Expr, shape: Shape) -> relax.Expr:
@@ -469,7 +521,7 @@ class MaxPool:
     @cached_property
     def _pooled(self) -> relax.Expr:
         base, steps = self.of.base, self.of.steps
-        with_sums = base.pooled(steps, self.geometry) if isinstance(base, FloatSum) else None
+        with_sums = base.pooled(steps, self.geometry) if isinstance(base, FloatSum | ByteSum) else None
         if with_sums is not None:
             return with_sums
         return self.emitter.te("max_pool2d", lambda x: max_pool2d.compute(self.geometry, x), self.of.real())

@@ -10,21 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tvm
 from networks import assert_identical, outputs, randomise
-from test_ops import build, call, convolution, drawn, lower, transform
+from test_ops import build, call, convolution, drawn, drawn_stem, lower, transform
 from torch import nn
 from torch.nn import functional
+from tvm import relax
 from tvm.s_tir import Schedule
 
 import targets
-from pipeline import compiler, importer, models
+from pipeline import compiler, importer, models, work
 from pipeline.data import to_float
 from pipeline.export import export
 from pipeline.layers import QuantConv2d, QuantLinear
 from pipeline.models import Quantize
+from pipeline.values import ByteSum, Channelwise, Codes, Emitter, MaxPool, Real
 from tvm_ops import byte_products, schedule_cpu
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, odd, pack, unsigned
-from tvm_ops.ops import bitserial_conv2d, byte_conv2d
+from tvm_ops.ops import bitserial_conv2d, byte_conv2d, pooled_conv2d, quantize
 from tvm_ops.ops.bitserial_conv2d import Geometry, Product
 from tvm_ops.output_transform import Step, apply
 
@@ -194,6 +197,87 @@ def test_which_layers_are_multiplied(a: Code, w: Code, filters: int, geometry: G
     form = byte_conv2d.form(Product(geometry, a, w), filters, targets.load("x86-avx512vnni").byte_product)
     assert (form and form.kind) == kind
     assert byte_conv2d.form(Product(geometry, a, w), filters, None) is None
+
+
+def stem(
+    rng: np.random.Generator, target: targets.Target, conv: Geometry, pool: Geometry, steps: list[Step], w: Code
+) -> tuple[tvm.IRModule, list[np.ndarray], list[np.ndarray]]:
+    """A lowered function of an image [N, C, H, W] or [N, H, W, C], its inputs, and NumPy's outputs: sums of 8-bit codes
+    through ``steps``, pooled, and the words of their sign after a norm."""
+    filters, channels, batch = len(steps[0].value), int(rng.choice([1, 3, 5])), int(rng.integers(1, 3))
+    product, emitter = Product(conv, odd(8), w), Emitter(relax.BlockBuilder(), target)
+    form = byte_conv2d.form(product, filters, target.byte_product)
+    assert form is not None
+    codes = drawn(rng, product.x, batch, *conv.image, channels)
+    codes[rng.random(codes.shape) < 0.3] = rng.choice([-255, 255])
+    weights = drawn(rng, w, filters, channels, *conv.kernel)
+    weights[0], weights[-1] = w.largest, -w.largest
+    image, planes = (codes / 255).astype(np.float32), bool(rng.integers(2))
+    image[codes == -255] -= rng.random((codes == -255).sum()).astype(np.float32)
+    image[(codes == -255) & (rng.random(codes.shape) < 0.1)] = np.nan
+    argument = image.transpose(0, 3, 1, 2) if planes else image
+    x = relax.Var("x", relax.TensorType(argument.shape, "float32"))
+    norm = [Step("add", rng.normal(0, 1000, filters).astype(np.float32))]
+    with emitter.builder.function("main", [x]):
+        with emitter.builder.dataflow():
+            lying = emitter.op(relax.op.permute_dims(x, [0, 2, 3, 1])) if planes else x
+            real = Channelwise(Real(emitter, lying, (batch, channels, *conv.image)))
+            of = Codes(emitter, real, product.x, lambda value: quantize.symmetric(value, 8))
+            sums = ByteSum(emitter, of, weights, w, conv, (batch, filters, *conv.output), form)
+            shape = (batch, filters, *pool.output)
+            floats = Channelwise(MaxPool(emitter, Channelwise(sums, tuple(steps)), pool, shape)).real()
+            packed = Real(emitter, floats, shape).words(norm)
+            result = emitter.builder.emit_output([floats, packed])
+        emitter.builder.emit_func_output(result)
+
+    made = apply(steps, convolution(codes, weights, conv).astype(np.float32))
+    padded = np.pad(made, [(0, 0), pool.pads[::2], pool.pads[1::2], (0, 0)], constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, pool.kernel, (1, 2)).max((-2, -1))
+    expected = windows[:, :: pool.strides[0], :: pool.strides[1]]
+    words = pack(apply(norm, expected) >= 0)[..., None, :]
+    return compiler.lower(emitter.builder.get()), [np.ascontiguousarray(argument)], [expected, words]
+
+
+POOLING = ["x86-avx512vnni", "x86-avx512bw"]
+
+
+@pytest.mark.parametrize("draw", range(4))
+@pytest.mark.parametrize("name", POOLING)
+def test_sums_pooled_in_strips(name: str, draw: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel of an image to floats and their words; any window, factors of both signs, patterns of 0 and 255."""
+    target, filters = loaded(name), int(rng.choice([16, 32, 48, 64]))
+    conv, pool, rows = drawn_stem(rng)
+    while conv.kernel[1] > 1 and conv.dilations[1] > 1:
+        conv, pool, rows = drawn_stem(rng)
+    w = [BINARY, odd(2), TERNARY, odd(8)][draw]
+    print(conv, pool, rows, filters)
+    monkeypatch.setattr(pooled_conv2d, "strip", lambda *_: rows)
+    monkeypatch.setattr(schedule_cpu, "_MIN_PARALLEL_STEPS", 0)
+    steps = transform(rng, filters, 20.0 * 255 * w.largest)
+    mod, inputs, expected = stem(rng, target, conv, pool, steps, w)
+    kernels = [each.kernel for each in work.calls(mod)]
+    assert "pooled_byte_conv2d" in kernels[0] and len(kernels) == (1 if filters % 32 == 0 else 2)
+    executable, *_ = compiler.build(mod, target, 1 + draw % 2)
+    found = relax.VirtualMachine(executable.jit(), tvm.cpu())["main"](*map(tvm.runtime.tensor, inputs))
+    for result, right in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(result.numpy(), right)
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "pooled"),
+    [
+        ("x86-avx512vnni", Step("mul", np.full(64, -2, np.float32)), True),
+        ("x86-avx512vnni", Step("mul", np.full(64, np.inf, np.float32)), False),  # 0 would become NaN
+        ("x86-avx512vnni", Step("div", np.zeros(64, np.float32)), False),
+        ("x86-avx512", Step("max", np.zeros(64, np.float32)), True),
+        ("x86-avx2", Step("max", np.zeros(64, np.float32)), False),
+    ],
+)
+def test_which_sums_are_pooled_in_strips(name: str, step: Step, pooled: bool, rng: np.random.Generator) -> None:
+    conv, pool = Geometry((224, 224), (3, 3), (2, 2), (1, 1, 1, 1)), Geometry((112, 112), (2, 2), (2, 2))
+    with np.errstate(all="ignore"):
+        mod, *_ = stem(rng, targets.load(name), conv, pool, [step], BINARY)
+    assert any("pooled_byte_conv2d" in each.kernel for each in work.calls(mod)) == pooled
 
 
 class Images(nn.Module):

@@ -20,7 +20,7 @@ from tvm.s_tir import Schedule
 import targets
 from pipeline import compiler
 from pipeline.compiler import default_schedule
-from tvm_ops import schedule_cpu
+from tvm_ops import output_transform, schedule_cpu
 from tvm_ops.bitplanes import BINARY, TERNARY, Code, encode, odd, pack, unsigned
 from tvm_ops.ops import binary_max_pool2d, bitpack, bitserial_conv2d, float_conv2d, max_pool2d, pooled_conv2d, quantize
 from tvm_ops.ops.bitserial_conv2d import Border, Geometry, Product
@@ -554,6 +554,23 @@ def drawn_stem(rng: np.random.Generator) -> tuple[Geometry, Geometry, int]:
             return conv, pool, int(rng.choice(strips))
 
 
+def pooled_floats(conv: Geometry, pool: Geometry, rows: int, steps: list[Step]) -> Callable[..., Any]:
+    """Of an image, packed weights and the values of ``steps``."""
+
+    def compute(x: Any, weight: Any, *constants: Any) -> Any:
+        filters = int(weight.shape[0]) * float_conv2d.FILTERS
+        return pooled_conv2d.compute(
+            conv,
+            pool,
+            rows,
+            x,
+            lambda window, strips: float_conv2d.compute(window, filters, strips, weight),
+            lambda value, _row, _column, channel: output_transform.emit(steps, constants, value, channel),
+        )
+
+    return compute
+
+
 @pytest.mark.parametrize("draw", range(6))
 @SCHEDULED
 def test_convolution_and_pool_in_strips(
@@ -568,9 +585,7 @@ def test_convolution_and_pool_in_strips(
     weights = -rng.integers(1, 10, (filters, channels, *conv.kernel)).astype(np.float32)
     steps = transform(rng, filters, 100.0) if draw % 2 else []
     arrays = [x, float_conv2d.pack_weight(weights), *(step.value for step in steps)]
-    result = run(
-        lambda *t: pooled_conv2d.compute(conv, pool, rows, steps, *t), arrays, scheduled, threads=1 + draw // 2 % 2
-    )
+    result = run(pooled_floats(conv, pool, rows, steps), arrays, scheduled, threads=1 + draw // 2 % 2)
 
     sums = apply(steps, convolution(x, weights, conv).astype(np.float32))
     padded = np.pad(sums, [(0, 0), pool.pads[::2], pool.pads[1::2], (0, 0)], constant_values=-np.inf)
@@ -587,7 +602,7 @@ def test_pool_in_strips_gives_the_bits_of_two_kernels(rng: np.random.Generator) 
     weight = float_conv2d.pack_weight(rng.normal(size=(64, 3, *conv.kernel)).astype(np.float32))
     sums = run(lambda *t: float_conv2d.compute(conv, 64, *t), [x, weight], scheduled=True)
     pooled = run(lambda t: max_pool2d.compute(pool, t), [sums], scheduled=True)
-    result = run(lambda *t: pooled_conv2d.compute(conv, pool, rows, [], *t), [x, weight], scheduled=True)
+    result = run(pooled_floats(conv, pool, rows, []), [x, weight], scheduled=True)
     np.testing.assert_array_equal(result.view(np.uint32), pooled.view(np.uint32))
 
 
@@ -616,7 +631,7 @@ def test_where_sums_are_pooled_in_strips(
     conv: Geometry, pool: Geometry, filters: int, channels: int, rows: int
 ) -> None:
     products = channels * conv.kernel[0] * conv.kernel[1]
-    assert pooled_conv2d.strip(pool, filters, products) == rows
+    assert pooled_conv2d.strip(pool, filters, float_conv2d.FILTERS, products) == rows
 
 
 # Search space and targets ------------------------------------------------------------------------------------------

@@ -59,6 +59,12 @@ def direction(steps: Sequence[Step], channels: int) -> NDArray[np.int8]:
     return sign
 
 
+def finite(steps: Sequence[Step], limit: int) -> bool:
+    """Whether no integer in [-limit, limit] becomes infinite or NaN on its way, so that every step keeps its order."""
+    ends = np.array([[-limit], [limit]], np.float32)
+    return all(np.isfinite(apply(steps[: n + 1], ends)).all() for n in range(len(steps)))
+
+
 @dataclass(frozen=True, eq=False)
 class Threshold:
     """bit = flip * value >= at, per channel.

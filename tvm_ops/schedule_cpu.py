@@ -25,9 +25,9 @@ _DATA_PARALLEL, _REDUCTION = 0, 2
 # A fork and join of TVM's thread pool takes some 5 us, in which a core does about this many vector operations.
 _MIN_PARALLEL_STEPS = 16384
 _MAP_STEPS = 4  # that one vector of a map takes: it waits for memory
-# Of three channels, LLVM makes better vectors than TVM: it takes several pixels, and deals them out. TVM has to part
-# the columns beside the image from those inside first. (224x224x3: a transposition 50 us instead of 80, on AVX2 55
-# instead of 73; a padded copy 58 instead of 85, on AVX2 as before, November 2026. Not tried on narrower vectors.)
+# Of three channels, LLVM makes better vectors than TVM: it takes several pixels, and deals them out. Where a copy says
+# which columns lie inside the image, those beside it have loops of their own. (224x224x3: a transposition 50 us instead
+# of 80, on AVX2 55 instead of 73; a padded copy 58 instead of 85, November 2026. Not tried on narrower vectors.)
 _COLOURS, _COLOUR_LANES = 3, 8
 # Channels of a sum of floats in straight code, with vectors of 512 bits: of a 1x1 convolution's inner loop, four
 # instructions of 28 were the loop's own. 1x1 convolutions are 4 to 8 % faster, 3x3 ones 2 to 8 %, a dense layer, which
@@ -43,6 +43,9 @@ _FLOAT_COLUMNS = 2
 _MANY_PIXELS = 32
 # Three quarters of the smallest first-level data cache of a CPU that has vectors.
 _CACHE_BYTES = 24 << 10
+# What TVM puts on the stack is less. Sums beyond live in memory, to which LLVM stores them though nobody reads them:
+# 8 columns of 32 sums, pooled products of bytes, 705 us, 7 columns 669 (Cascade Lake, November 2026; floats as fast).
+_STACK_BYTES = 1024
 _STREAM_PIXELS = 64  # that share weights which do not stay in that cache, with their activations and sums
 # Registers that a tile of `byte_sums` may have for sums and for what it loads, of all that there are. With more of 32,
 # LLVM spills; with more of 16, it makes one sum after the other and the Cortex-A9's model stalls (November 2026).
@@ -112,8 +115,11 @@ def _inline(sch: Any, blocks: list[Any]) -> list[Any]:
     left = []
     for block in blocks:
         consumers = sch.get_consumers(block)
+        if sch.get(block).name_hint == byte_conv2d.ROWS and sch.get_producers(block):
+            sch.reverse_compute_inline(block)
+            continue
         into_vectors = _packs(sch, block) or any(_packs(sch, c) for c in consumers)
-        into_vectors |= any(sch.get(c).name_hint == bitserial_conv2d.SPREAD for c in consumers)
+        into_vectors |= any(sch.get(c).name_hint in (bitserial_conv2d.SPREAD, byte_conv2d.ROWS) for c in consumers)
         if not consumers or into_vectors or any(_is_reduction(sch, b) for b in (block, *consumers)):
             left.append(block)
         else:
@@ -146,7 +152,10 @@ def _schedule_map(sch: Any, block: Any, target: Target, threads: int) -> None:
         sch.tensorize(inner, adder_network.spread(words, bool(sch.get(block).annotations["summable"])))
     elif len(loops) > 1 and extents[-1] == _COLOURS and target.lanes >= _COLOUR_LANES:
         *loops, column, _ = loops
-        sch.annotate(column, "pragma_loop_partition_hint", 1)
+        left, width = (int(n) for n in sch.get(block).annotations.get("columns", (0, extents[-2])))
+        parts = [extent for extent in (left, width, extents[-2] - left - width) if extent]
+        if len(parts) > 1:
+            sch.loop_partition(column, parts[:-1])
     else:
         lanes = _largest_divisor(extents[-1], target.lanes)
         *_, inner = sch.split(loops[-1], [None, lanes])
@@ -328,6 +337,8 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
 def _schedule_pooled(sch: Any, sums: Any, pool: Any, target: Target, threads: int) -> None:
     """A block of filters and a strip of rows at a time: sums by register tiles, then the maximum of their windows."""
     (strips,), (made,) = sch.get_producers(sums), sch.get_consumers(sums)
+    of_bytes = target.byte_product if sch.get(sums).name_hint == byte_conv2d.BLOCK else None
+    filters = int(sch.get(sums).annotations["filters"]) if of_bytes else float_conv2d.FILTERS
     _schedule_map(sch, strips, target, threads)
     work = math.prod(_extents(sch, sch.get_loops(sums))) // target.lanes
     maps = [block for block in sch.get_consumers(pool) if not _packs(sch, block)]
@@ -335,26 +346,38 @@ def _schedule_pooled(sch: Any, sums: Any, pool: Any, target: Target, threads: in
     n, i, j, c = sch.get_loops(writer)
     strip, i = sch.split(i, [None, int(sch.get(pool).annotations["strip"])])
     j, pixels = sch.split(j, [None, _largest_divisor(_extents(sch, [j])[0], 4)])
-    c, lane = sch.split(c, [None, float_conv2d.FILTERS])
+    c, lane = sch.split(c, [None, filters])
     sch.reorder(c, n, strip, i, j, pixels, lane)
     sch.compute_at(pool, j, preserve_unit_loops=True)
     sch.compute_at(made, strip, preserve_unit_loops=True)
     *_, column, sum_lane = sch.get_loops(made)
-    wide, _ = _tile(_extents(sch, [column])[0], float_conv2d.FILTERS, float_conv2d.FILTERS, target)
+    (extent,) = _extents(sch, [column])
+    wide, _ = _tile(extent, filters, filters, target)
+    wide = _largest_divisor(extent, (_STACK_BYTES - 1) // (4 * filters)) if of_bytes else wide
     column, columns = sch.split(column, [None, wide])
     sch.compute_at(sums, column, preserve_unit_loops=True)
     for packing in [block for block in sch.get_consumers(writer) if _packs(sch, block)]:
         sch.reverse_compute_at(packing, pixels, preserve_unit_loops=True)
     _share(sch, [c, n, strip], work, threads)
-    for block, beside, vector in ((sums, columns, sum_lane), (pool, pixels, lane)):
-        spatial, reduction = _own_loops(sch, block)
-        sch.reorder(*reduction, *spatial)
-        _unroll_taps(sch, reduction, _reductions(sch, block), sample=False)
-        sch.vectorize(spatial[-1])
+    if of_bytes:
+        _multiply_bytes(sch, sums, *_own_loops(sch, sums), of_bytes, wide)
+    else:
+        _sum_taps(sch, sums)
+    _sum_taps(sch, pool)
+    for beside, vector in ((columns, sum_lane), (pixels, lane)):
+        sch.unroll(beside)
         sch.vectorize(vector)
-        sch.decompose_reduction(block, reduction[0])
-        for loop in (*spatial[:-1], beside):
-            sch.unroll(loop)
+
+
+def _sum_taps(sch: Any, block: Any) -> None:
+    """Vectors of channels in registers over all taps."""
+    spatial, reduction = _own_loops(sch, block)
+    sch.reorder(*reduction, *spatial)
+    _unroll_taps(sch, reduction, _reductions(sch, block), sample=False)
+    sch.vectorize(spatial[-1])
+    sch.decompose_reduction(block, reduction[0])
+    for loop in spatial[:-1]:
+        sch.unroll(loop)
 
 
 def _spreads(sch: Any, consumer: Any, sums: list[int]) -> bool:

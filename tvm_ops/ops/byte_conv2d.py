@@ -28,6 +28,9 @@ from tvm_ops.ops.bitserial_conv2d import Product
 BLOCK = "byte_products"
 """The TIR block of the sum, by which schedules know it."""
 
+ROWS = "rows"
+"""That of the rows of an image, padded or not."""
+
 _LEAST_PLANES = 8  # pairs of planes; with fewer, xor and popcount are no slower and weights a fraction of the size
 _BLOCK_VECTORS = 4
 
@@ -53,6 +56,11 @@ class Form:
         return 2 if self.kind == "words" else 4
 
     @property
+    def instructions(self) -> int:
+        """For a group."""
+        return 1 if self.kind == "quads" else 2
+
+    @property
     def types(self) -> tuple[str, str]:
         """Of activations and of weights."""
         return ("int16", "int16") if self.kind == "words" else ("uint8", "int8")
@@ -72,10 +80,13 @@ def form(product: Product, filters: int, instructions: ByteProduct | None) -> Fo
     return Form("quads", lanes) if instructions.quads else Form("pairs", lanes, most)
 
 
-def pack_weight(values: NDArray[Any], form: Form) -> NDArray[Any]:
-    """[O, C, KH, KW] -> -w [blocks, KH, groups, filters of a block * neighbours of a group]."""
+def pack_weight(values: NDArray[Any], form: Form, vectors: int = _BLOCK_VECTORS) -> NDArray[Any]:
+    """[O, C, KH, KW] -> -w [blocks, KH, groups, filters of a block * neighbours of a group].
+
+    vectors: of filters in a block, at most.
+    """
     filters, channels, kh, kw = values.shape
-    block = form.lanes * gcd(filters // form.lanes, _BLOCK_VECTORS)
+    block = form.lanes * gcd(filters // form.lanes, vectors)
     rows = -values.transpose(2, 0, 3, 1).reshape(kh, filters, kw * channels)
     rows = np.pad(rows, [(0, 0), (0, 0), (0, -kw * channels % form.group)]).astype(form.types[1])
     blocks = rows.reshape(kh, filters // block, block, -1, form.group).transpose(1, 0, 3, 2, 4)
@@ -83,22 +94,25 @@ def pack_weight(values: NDArray[Any], form: Form) -> NDArray[Any]:
 
 
 def _rows(x: Any, product: Product, form: Form, length: int) -> Any:
-    """[N, H, W, C] with zeros around, row by row: [N, H', W' C, or ``length`` if that is more]."""
+    """[N, H, W, C] with zeros around, row by row: [N, H', W' C], of whole pixels and at least ``length``."""
     from tvm import te, tirx
 
     images, height, width, channels = (int(extent) for extent in x.shape)
     top, left, bottom, right = product.geometry.pads
-    length = max(length, (left + width + right) * channels)
+    high, wide = top + height + bottom, max(left + width + right, -(-length // channels))
+
+    def padded(n: Any, row: Any, column: Any, c: Any) -> Any:
+        y, z = row - top, column - left
+        inside = tirx.all(y >= 0, y < height, z >= 0, z < width)
+        return tirx.if_then_else(inside, x[n, y, z, c], tirx.const(0, x.dtype))
+
+    if (high, wide) != (height, width):
+        x = te.compute((images, high, wide, channels), padded, name="padded", attrs={"columns": [left, width]})
 
     def value(n: Any, h: Any, i: Any) -> Any:
-        y, at = h - top, i - left * channels
-        inside = [y >= 0, y < height] if top or bottom else []
-        inside += [at >= 0] if left else []
-        inside += [at < width * channels] if length > (left + width) * channels else []
-        found = tirx.Cast(form.types[0], x[n, y, tirx.floordiv(at, channels), tirx.floormod(at, channels)])
-        return tirx.if_then_else(tirx.all(*inside), found, tirx.const(0, form.types[0])) if inside else found
+        return tirx.Cast(form.types[0], x[n, h, i // channels, i % channels])
 
-    return te.compute((images, top + height + bottom, length), value, name="rows")
+    return te.compute((images, high, wide * channels), value, name=ROWS)
 
 
 def sums(x: Any, weight: Any, product: Product, form: Form) -> Any:

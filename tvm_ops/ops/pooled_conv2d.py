@@ -1,4 +1,4 @@
-"""Convolution of floats and the maximum over windows of its sums, in strips of rows that stay in a core's second cache.
+"""Convolution and the maximum over windows of its sums, in strips of rows that stay in a core's second cache.
 
 A stem's sums are large and read once: 3.2 MB for 112x112x64, written and read by two kernels in 0.3 ms beside 1.7 of
 products. A strip of pooled rows has its own rows of sums. What two windows share at the border of two strips is summed
@@ -7,14 +7,11 @@ twice, so strips are long. Windows keep the order of their taps, and sums theirs
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
-from tvm_ops import output_transform
-from tvm_ops.ops import float_conv2d, max_pool2d
+from tvm_ops.ops import max_pool2d
 from tvm_ops.ops.bitserial_conv2d import Geometry
-from tvm_ops.output_transform import Step
 
 BLOCK = "pooled_strips"
 """The TIR block of the maximum. Its annotation ``strip`` is the number of its rows that are made at a time."""
@@ -28,19 +25,20 @@ _MOST_PRODUCTS = 200
 _MOST_REPEATED = 10  # products for each sum, of rows that are summed twice
 
 
-def strip(pool: Geometry, filters: int, products: int) -> int:
+def strip(pool: Geometry, filters: int, block: int, products: int) -> int:
     """Rows of the pooled map to make at a time; 0: two kernels are better, or this operator cannot.
 
     Args:
-        products: of one sum.
+        block: filters that are summed and pooled before the next.
+        products: of one sum; those of bytes count by instructions, of which each adds several.
     """
     rows, (kernel, _), (stride, _) = pool.output[0], pool.kernel, pool.strides
-    row_bytes = 4 * float_conv2d.FILTERS * pool.image[1]
+    row_bytes = 4 * block * pool.image[1]
     fitting = [s for s in range(1, rows) if rows % s == 0 and ((s - 1) * stride + kernel) * row_bytes <= _STRIP_BYTES]
     step = stride * max(fitting, default=0)
     refused = (
         pool.dilations != (1, 1)
-        or filters % float_conv2d.FILTERS
+        or filters % block
         or pool.image[0] * row_bytes <= _STRIP_BYTES  # it stays in that cache as it is
         or products > _MOST_PRODUCTS
         or (kernel - stride) * products > _MOST_REPEATED * step
@@ -50,13 +48,19 @@ def strip(pool: Geometry, filters: int, products: int) -> int:
 
 
 def compute(
-    conv: Geometry, pool: Geometry, rows: int, steps: Sequence[Step], x: Any, weight: Any, *constants: Any
+    conv: Geometry,
+    pool: Geometry,
+    rows: int,
+    x: Any,
+    sums: Callable[[Geometry, Any], Any],
+    made: Callable[[Any, Any, Any, Any], Any],
 ) -> Any:
-    """x: float32 [N, H, W, C]. weight: of `float_conv2d.pack_weight`. -> float32 [N, OH, OW, O].
+    """x: [N, H, W, C], and 0 around it. -> [N, OH, OW, O].
 
     Args:
         rows: of `strip`.
-        steps: between sums and pool, whose values are ``constants``.
+        sums: [N, H, W, C] -> [N, OH, OW, O], of a convolution without pads.
+        made: what is pooled, as a TIR expression of a sum, its row and column in the map, and its filter.
 
     Raises:
         ValueError: as `max_pool2d.compute`.
@@ -74,15 +78,19 @@ def compute(
     def padded(n: Any, row: Any, column: Any, c: Any) -> Any:
         y, z = n % count * step + first + row, column - conv.pads[1]
         inside = tirx.all(y >= 0, y < conv.image[0], z >= 0, z < conv.image[1])
-        return tirx.if_then_else(inside, x[n // count, y, z, c], tirx.const(0, "float32"))
+        return tirx.if_then_else(inside, x[n // count, y, z, c], tirx.const(0, x.dtype))
 
-    strips = te.compute((x.shape[0] * count, high, wide, x.shape[3]), padded, name="padded")
-    window = Geometry((high, wide), conv.kernel, conv.strides, dilations=conv.dilations)
-    filters = math.prod(int(weight.shape[axis]) for axis in (0, 4))
-    sums = float_conv2d.compute(window, filters, strips, weight)
-    made = te.compute(
-        sums.shape, lambda *i: output_transform.emit(steps, constants, sums[i], i[-1]), name="transformed"
-    )
+    # Of floats a copy with a test for the border in its loop is as fast. Of what quantises, LLVM would make no vectors.
+    attributes = {"columns": [conv.pads[1], conv.image[1]]} if x.dtype == "uint8" else {}
+    strips = te.compute((x.shape[0] * count, high, wide, x.shape[3]), padded, name="padded", attrs=attributes)
+    found = sums(Geometry((high, wide), conv.kernel, conv.strides, dilations=conv.dilations), strips)
+
+    def transformed(n: Any, i: Any, j: Any, c: Any) -> Any:
+        at = n % count * rows * sy + i - top
+        at = tirx.max(tirx.min(at, pool.image[0] - 1), 0) if top or bottom else at  # beside the map, nothing is read
+        return made(found[n, i, j, c], at, j, c)
+
+    pooled = te.compute(found.shape, transformed, name="transformed")
     ry, rx = te.reduce_axis((0, kh), "ry"), te.reduce_axis((0, kw), "rx")
     last = pool.image[0] - 1 + top - (count - 1) * rows * sy
 
@@ -97,8 +105,8 @@ def compute(
         return tirx.max(tirx.min(at, pool.image[1] - 1), 0) if left or right else at
 
     return te.compute(
-        (x.shape[0], *pool.output, filters),
-        lambda n, i, j, c: te.max(made[n * count + i // rows, row(i), column(j), c], axis=[ry, rx]),
+        (x.shape[0], *pool.output, found.shape[3]),
+        lambda n, i, j, c: te.max(pooled[n * count + i // rows, row(i), column(j), c], axis=[ry, rx]),
         name=BLOCK,
         attrs={"strip": rows},
     )
