@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 from targets import ByteCounter, BytePopcount, ByteProduct, Target
@@ -225,6 +226,61 @@ def _byte_tile(columns: int, channels: int, whole: int, target: Target) -> tuple
     return c, v * byte_sums.LANES
 
 
+@dataclass(frozen=True)
+class _Reduction:
+    """A reduction, the block that writes what is made of its sums, and what decides how both are made.
+
+    Attributes:
+        also_packed: where the function gives both floats and the words of their signs, what makes the words.
+        sums: the shape of what the reduction gives.
+        packs: whether the writer makes words of signs.
+        unpacks, of_floats: whether its weights are of few bits, or floats.
+        octets, of_bytes: filters of a block of weights in bytes, or of byte products; 0: it is no such sum.
+        stored: bytes of a block of ``octets``.
+        window: that `byte_sums` counts, if it does.
+    """
+
+    main: Any
+    writer: Any
+    also_packed: list[Any]
+    sums: list[int]
+    packs: bool
+    unpacks: bool
+    of_floats: bool
+    octets: int
+    of_bytes: int
+    stored: int
+    window: adder_network.Window | None
+
+    @property
+    def unit(self) -> int:
+        """So many channels make one step of the writer's last loop."""
+        return WORD_BITS if self.packs else 1
+
+    @property
+    def whole(self) -> int:
+        """So many channels stay together."""
+        whole = self.octets or self.of_bytes or (WORD_BITS if self.packs or self.unpacks else 1)
+        return math.lcm(whole, WORD_BITS) if self.also_packed else whole
+
+    @property
+    def streams(self) -> bool:
+        """Whether a block of weights is too large for the nearest cache."""
+        return self.stored > _CACHE_BYTES
+
+
+@dataclass
+class _Loops:
+    """The loops of a writer around a tile and inside it, the extents of all but its channels before they were split,
+    and the tile: columns and channels."""
+
+    outer: list[Any]
+    inner: list[Any]
+    extents: list[int]
+    wide: int
+    lanes: int
+
+
 def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sample: bool) -> None:
     consumers = sch.get_consumers(main)
     sums = _sums(sch, main)
@@ -236,37 +292,61 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
         return
     given = any(sch.get(main).same_as(sch.get(block)) for block in sch.get_output_blocks("root"))
     writer = sch.cache_write(main, 0, "global") if given or spreads else consumers[0]
-    packs = _packs(sch, writer)
-    # Where the function gives both floats and the words of their signs, what makes the words.
-    also_packed = [block for block in sch.get_consumers(writer) if _packs(sch, block)]
-    unit = WORD_BITS if packs else 1  # so many channels make one step of the writer's last loop
-    unpacks = sch.get(main).name_hint == bitweight_conv2d.BLOCK
-    of_floats = sch.get(main).name_hint == float_conv2d.BLOCK
-    of_bytes = sch.get(main).name_hint == byte_conv2d.BLOCK and int(sch.get(main).annotations["filters"])
-    octets = _octets(sch, main)
-    stored = _stored_bytes(sch, main)
-    streams = stored > _CACHE_BYTES
-    whole = octets or of_bytes or (WORD_BITS if packs or unpacks else 1)  # and so many stay together
-    whole = math.lcm(whole, WORD_BITS) if also_packed else whole
+    of = _facts(sch, main, writer, target)
     work = math.prod(_extents(sch, sch.get_loops(main))) // target.lanes
-
-    *outer, channel = sch.get_loops(writer)
-    *extents, words = _extents(sch, [*outer, channel])
-    popcount, counter = target.byte_popcount, target.byte_counter
-    in_bytes = popcount and _window(sch, main, sums[-1], byte_sums.LANES, popcount.most)
-    if in_bytes:
+    if of.window:
         _spread(sch, main, threads)
+    loops = _split_writer(sch, of, target, sample)
+    filters_first = _order(sch, of, loops, target)
+    sch.compute_at(main, loops.outer[-1], preserve_unit_loops=True)
+    _pack_beside(sch, of, loops)
+    if of.unpacks:
+        _place_unpacked(sch, loops.outer[0] if filters_first else None)
+    # Before the sum loses its initial value: then a loop is no longer shareable.
+    _share(sch, loops.outer[:1] if of.unpacks and filters_first else loops.outer, work, threads)
+    straight = [*_make_sums(sch, of, loops, target, sample), *loops.inner[:-1]]
+    for loop in straight if not of.streams else ():
+        sch.unroll(loop)
+    if not of.packs:
+        sch.vectorize(loops.inner[-1])
+
+
+def _facts(sch: Any, main: Any, writer: Any, target: Target) -> _Reduction:
+    name, sums, popcount = sch.get(main).name_hint, _sums(sch, main), target.byte_popcount
+    return _Reduction(
+        main=main,
+        writer=writer,
+        also_packed=[block for block in sch.get_consumers(writer) if _packs(sch, block)],
+        sums=sums,
+        packs=_packs(sch, writer),
+        unpacks=name == bitweight_conv2d.BLOCK,
+        of_floats=name == float_conv2d.BLOCK,
+        octets=_octets(sch, main),
+        of_bytes=int(sch.get(main).annotations["filters"]) if name == byte_conv2d.BLOCK else 0,
+        stored=_stored_bytes(sch, main),
+        window=_window(sch, main, sums[-1], byte_sums.LANES, popcount.most) if popcount else None,
+    )
+
+
+def _register_tile(sch: Any, of: _Reduction, target: Target, columns: int, channels: int) -> tuple[int, int]:
+    """Columns and channels whose sums are made at a time."""
+    if of.window:
+        wide, lanes = _byte_tile(columns, channels, of.whole, target)
+        return wide, max(lanes, of.whole)
+    reads = 4 * math.prod(_reductions(sch, of.main)) if of.of_floats else 0
+    wide, lanes = _tile(columns, channels, of.whole, target, reads)
+    return _largest_divisor(columns, _FLOAT_COLUMNS) if of.octets and not of.packs else wide, lanes
+
+
+def _split_writer(sch: Any, of: _Reduction, target: Target, sample: bool) -> _Loops:
+    """Split the writer's loops into tiles, by the rule or as drawn."""
+    *outer, channel = sch.get_loops(of.writer)
+    *extents, steps = _extents(sch, [*outer, channel])
     columns = next((e for e in reversed(extents) if e > 1), 1)
-    if in_bytes:
-        wide, lanes = _byte_tile(columns, words * unit, whole, target)
-        lanes = max(lanes, whole)
-    else:
-        reads = 4 * math.prod(_reductions(sch, main)) if of_floats else 0
-        wide, lanes = _tile(columns, words * unit, whole, target, reads)
-        wide = _largest_divisor(columns, _FLOAT_COLUMNS) if octets and not packs else wide
-    inner = [_inner_channels(sch, channel, target, unit, whole, lanes, sample)]
+    wide, lanes = _register_tile(sch, of, target, columns, steps * of.unit)
+    inner = [_inner_channels(sch, channel, target, of.unit, of.whole, lanes, sample)]
     axes, sizes = _last_axes(extents), [wide, 1]
-    if streams:  # each window of weights serves a tile of pixels before the next
+    if of.streams:  # each window of weights serves a tile of pixels before the next
         wide = _largest_divisor(columns, _STREAM_PIXELS)
         sizes = [wide, _largest_divisor(extents[axes[-1]], _STREAM_PIXELS // wide)] if axes else []
     for axis, limit, size in zip(axes, (16, 4), sizes, strict=False):
@@ -274,64 +354,92 @@ def _schedule_reduction(sch: Any, main: Any, target: Target, threads: int, sampl
         outer[axis], inside = sch.split(outer[axis], factors)
         inner.insert(0, inside)
     channel_outer, inner[-1] = sch.split(channel, [None, inner[-1]])
-    outer.append(channel_outer)
-    shared = outer
-    many = octets and stored * sums[-1] // octets > _CACHE_BYTES
-    if (unpacks or of_floats or of_bytes or many) and math.prod(extents) >= _MANY_PIXELS:
-        # Filters first: a tile of them is unpacked once for all pixels, or stays in the nearest cache.
-        outer = [channel_outer, *outer[:-1]]
-        shared = outer[:1] if unpacks else outer
-    sch.reorder(*outer, *inner)
-    if popcount and in_bytes and math.prod(_reductions(sch, main)) <= popcount.straight:
+    return _Loops([*outer, channel_outer], inner, extents, wide, lanes)
+
+
+def _order(sch: Any, of: _Reduction, loops: _Loops, target: Target) -> bool:
+    """Put the loops in their order. Returns whether filters are outermost: a tile of them is unpacked once for all
+    pixels, or stays in the nearest cache."""
+    many = of.octets and of.stored * of.sums[-1] // of.octets > _CACHE_BYTES
+    wanted = of.unpacks or of.of_floats or of.of_bytes or many
+    filters_first = bool(wanted and math.prod(loops.extents) >= _MANY_PIXELS)
+    if filters_first:
+        *pixels, channel = loops.outer
+        loops.outer = [channel, *pixels]
+    sch.reorder(*loops.outer, *loops.inner)
+    popcount = target.byte_popcount
+    if popcount and of.window and math.prod(_reductions(sch, of.main)) <= popcount.straight:
         # In straight code, LLVM would load all activations of a pixel before the loop over filters, and spill them.
-        pixel = next(iter(_last_axes(extents)), len(outer) - 1)
-        outer[pixel:] = [sch.fuse(*outer[pixel:])]
-    sch.compute_at(main, outer[-1], preserve_unit_loops=True)
-    for packing in also_packed:
-        around = [*outer, *inner[:-1]]
-        # Stored as they are loaded, the floats stay in registers in between.
-        vectors, inner[-1] = sch.split(inner[-1], [None, WORD_BITS])
+        pixel = next(iter(_last_axes(loops.extents)), len(loops.outer) - 1)
+        loops.outer[pixel:] = [sch.fuse(*loops.outer[pixel:])]
+    return filters_first
+
+
+def _pack_beside(sch: Any, of: _Reduction, loops: _Loops) -> None:
+    """Make words of floats as they are stored: loaded again at once, they stay in registers in between."""
+    for packing in of.also_packed:
+        around = [*loops.outer, *loops.inner[:-1]]
+        vectors, loops.inner[-1] = sch.split(loops.inner[-1], [None, WORD_BITS])
         sch.reverse_compute_at(packing, around[-1], preserve_unit_loops=True)
         for loop in (vectors, *sch.get_loops(packing)[len(around) :]):
             sch.unroll(loop)
-    if unpacks:
-        unpacked = sch.get_sblock(bitweight_conv2d.UNPACKED)
-        if shared is outer:
-            sch.compute_inline(unpacked)
-        else:
-            sch.compute_at(unpacked, channel_outer, preserve_unit_loops=True)
-            sch.vectorize(sch.get_loops(unpacked)[-1])
 
-    spatial, reduction = _own_loops(sch, main)
-    _share(sch, shared, work, threads)  # before the sum loses its initial value: then a loop is no longer shareable
-    most = adder_network.MOST_OCTET_WORDS if octets else adder_network.MOST_WORDS
-    network = counter and _window(sch, main, lanes, octets or counter.lanes, most)
-    if popcount and in_bytes:
-        _sum_bytes(sch, main, spatial, reduction, in_bytes, popcount, whole, target)
-        spatial = []
-    elif of_bytes and target.byte_product:
-        _multiply_bytes(sch, main, spatial, reduction, target.byte_product, wide)
-        spatial = []
-    elif counter and network:
-        _count_bytes(sch, main, spatial, reduction, network, counter, streams)
-        spatial = []  # left as loops: a network is long enough, and four of them miss the instruction cache
+
+def _place_unpacked(sch: Any, loop: Any) -> None:
+    """Unpack weights at a loop over filters, or None: in registers, again and again."""
+    unpacked = sch.get_sblock(bitweight_conv2d.UNPACKED)
+    if loop is None:
+        sch.compute_inline(unpacked)
     else:
-        together = WORD_BITS if unpacks else float_conv2d.FILTERS  # a vector tests the bits of a word, or reads a block
-        if (unpacks or of_floats or also_packed) and _extents(sch, spatial[-1:])[0] % together == 0:
-            spatial[-1:] = sch.split(spatial[-1], [None, together])
-        sch.reorder(*reduction, *spatial)
-        if sample or lanes % target.lanes == 0:  # parts of vectors make long code, and nine times that is too much
-            _unroll_taps(sch, reduction, _reductions(sch, main), sample)
-        if of_floats and not sample and target.vector_bits >= _STRAIGHT_BITS:
-            straight = _largest_divisor(_extents(sch, reduction[-1:])[0], _STRAIGHT)
-            reduction[-1:] = sch.split(reduction[-1], [None, straight])
-            sch.unroll(reduction[-1])
-        sch.vectorize(spatial[-1])
-        sch.decompose_reduction(main, reduction[0])
-    for loop in (*spatial[:-1], *inner[:-1]) if not streams else ():
-        sch.unroll(loop)
-    if not packs:
-        sch.vectorize(inner[-1])
+        sch.compute_at(unpacked, loop, preserve_unit_loops=True)
+        sch.vectorize(sch.get_loops(unpacked)[-1])
+
+
+def _make_sums(sch: Any, of: _Reduction, loops: _Loops, target: Target, sample: bool) -> list[Any]:
+    """The sums of a tile, by an intrinsic where there is one. Returns loops that are better unrolled."""
+    main, popcount, counter = of.main, target.byte_popcount, target.byte_counter
+    spatial, reduction = _own_loops(sch, main)
+    most = adder_network.MOST_OCTET_WORDS if of.octets else adder_network.MOST_WORDS
+    network = counter and _window(sch, main, loops.lanes, of.octets or counter.lanes, most)
+    if popcount and of.window:
+        _sum_bytes(sch, main, spatial, reduction, of.window, popcount, of.whole, target)
+        return []
+    if of.of_bytes and target.byte_product:
+        _multiply_bytes(sch, main, spatial, reduction, target.byte_product, loops.wide)
+        return []
+    if counter and network:
+        _count_bytes(sch, main, spatial, reduction, network, counter, of.streams)
+        return []  # left as loops: a network is long enough, and four of them miss the instruction cache
+    # A vector tests the bits of a word, or reads a block.
+    together = WORD_BITS if of.unpacks else float_conv2d.FILTERS if of.of_floats or of.also_packed else 1
+    if together > 1 and _extents(sch, spatial[-1:])[0] % together == 0:
+        spatial[-1:] = sch.split(spatial[-1], [None, together])
+    # Parts of vectors make long code, and nine times that is too much.
+    unrolled = sample or loops.lanes % target.lanes == 0
+    straight = _STRAIGHT if of.of_floats and not sample and target.vector_bits >= _STRAIGHT_BITS else 1
+    _sum_taps(sch, main, spatial, reduction, unrolled, straight, sample)
+    return spatial[:-1]
+
+
+def _sum_taps(
+    sch: Any,
+    block: Any,
+    spatial: list[Any],
+    reduction: list[Any],
+    unrolled: bool = True,
+    straight: int = 1,
+    sample: bool = False,
+) -> None:
+    """Vectors of channels in registers over all taps, in code ``unrolled`` or not, ``straight`` channels at a time."""
+    sch.reorder(*reduction, *spatial)
+    if unrolled:
+        _unroll_taps(sch, reduction, _reductions(sch, block), sample)
+    if straight > 1:
+        count = _largest_divisor(_extents(sch, reduction[-1:])[0], straight)
+        reduction[-1:] = sch.split(reduction[-1], [None, count])
+        sch.unroll(reduction[-1])
+    sch.vectorize(spatial[-1])
+    sch.decompose_reduction(block, reduction[0])
 
 
 def _schedule_pooled(sch: Any, sums: Any, pool: Any, target: Target, threads: int) -> None:
@@ -359,25 +467,18 @@ def _schedule_pooled(sch: Any, sums: Any, pool: Any, target: Target, threads: in
     for packing in [block for block in sch.get_consumers(writer) if _packs(sch, block)]:
         sch.reverse_compute_at(packing, pixels, preserve_unit_loops=True)
     _share(sch, [c, n, strip], work, threads)
-    if of_bytes:
-        _multiply_bytes(sch, sums, *_own_loops(sch, sums), of_bytes, wide)
-    else:
-        _sum_taps(sch, sums)
-    _sum_taps(sch, pool)
-    for beside, vector in ((columns, sum_lane), (pixels, lane)):
-        sch.unroll(beside)
-        sch.vectorize(vector)
-
-
-def _sum_taps(sch: Any, block: Any) -> None:
-    """Vectors of channels in registers over all taps."""
-    spatial, reduction = _own_loops(sch, block)
-    sch.reorder(*reduction, *spatial)
-    _unroll_taps(sch, reduction, _reductions(sch, block), sample=False)
-    sch.vectorize(spatial[-1])
-    sch.decompose_reduction(block, reduction[0])
-    for loop in spatial[:-1]:
+    straight = [columns, pixels]
+    for block in (sums, pool):
+        spatial, reduction = _own_loops(sch, block)
+        if of_bytes and block is sums:
+            _multiply_bytes(sch, sums, spatial, reduction, of_bytes, wide)
+        else:
+            _sum_taps(sch, block, spatial, reduction)
+            straight += spatial[:-1]
+    for loop in straight:
         sch.unroll(loop)
+    for vector in (sum_lane, lane):
+        sch.vectorize(vector)
 
 
 def _spreads(sch: Any, consumer: Any, sums: list[int]) -> bool:
