@@ -111,7 +111,7 @@ def finish(function: Any, target: Target) -> Any:
 def scheduled(
     mod: tvm.IRModule, target: Target, threads: int, records: Path | None = None
 ) -> tuple[tvm.IRModule, int, int]:
-    """A lowered module with every kernel scheduled, how many were, and how many a tuning record made.
+    """A lowered module with every kernel scheduled, how many kernels it has, and how many a tuning record made.
 
     Args:
         threads: cores to share work between.
@@ -121,15 +121,19 @@ def scheduled(
         with target.tvm_target(threads), open_records(records, target):
             mod = relax.transform.MetaScheduleApplyDatabase()(mod)
     mod = mod.clone()
-    kernels = {name: f for name, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
-    untuned = {name: f for name, f in kernels.items() if not (f.attrs and f.attrs.get("tirx.is_scheduled", False))}
-    for name, func in untuned.items():
-        mod[name] = default_schedule(tvm.IRModule({"main": func}), target, threads).mod["main"]
-    for name in kernels:
+    kernels = program.functions(mod)
+    for name, func in kernels.items():
+        if not _is_tuned(func):
+            mod[name] = default_schedule(tvm.IRModule({"main": func}), target, threads).mod["main"]
         mod[name] = finish(mod[name], target)
     if target.gpu is None:
         mod = in_place.reuse(mod)
-    return mod, len(kernels), len(kernels) - len(untuned)
+    left = program.functions(mod).values()
+    return mod, len(left), sum(map(_is_tuned, left))
+
+
+def _is_tuned(function: Any) -> bool:
+    return bool(function.attrs and function.attrs.get("tirx.is_scheduled", False))
 
 
 def build(mod: tvm.IRModule, target: Target, threads: int, records: Path | None = None) -> tuple[Any, int, int]:
