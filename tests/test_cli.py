@@ -447,8 +447,9 @@ def test_what_an_extra_brings_is_named(
 ) -> None:
     """The table of the extras is that of pyproject.toml, and a command without one says which."""
     (distribution,) = set(importlib.metadata.packages_distributions()[module])
-    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert any(re.match(rf"{distribution}\b(?!-)", brought, re.IGNORECASE) for brought in extras[extra])
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    brought = project["optional-dependencies"][extra]
+    assert any(re.match(rf"{distribution}\b(?!-)", requirement, re.IGNORECASE) for requirement in brought)
 
     def without(*_: object) -> None:
         raise ModuleNotFoundError(f"No module named '{module}.part'", name=f"{module}.part")

@@ -229,7 +229,7 @@ def test_convolution_of_every_pair_of_codes(a: str, w: str, rng: np.random.Gener
 
 @pytest.mark.parametrize("pair", [("1a", "1w"), ("2a", "2w"), ("ternary a", "1w"), ("ternary a", "ternary w")])
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][3].image != (1, 1)])
-@pytest.mark.parametrize("target", ["x86-avx2", "x86-avx512bw", "x86-avx512vnni"])
+@pytest.mark.parametrize("target", ["x86-avx2", "x86-avx512bw"])
 def test_convolution_in_bytes(
     target: str, case: str, pair: tuple[str, str], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
