@@ -17,6 +17,7 @@ import logging
 import math
 import random
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +50,8 @@ _IDENTITY, _LOG = "target.json", "tune.log"
 _PER_SECOND: dict[Unit, float] = {"us": 1e6, "model cycles": counted_runner.HERTZ}  # a record holds seconds
 _DRAWS = 8  # of a schedule, to see which tensor intrinsics it can lead to
 _WORTH_SHIPPING = 1.02  # times as fast as the default schedule
-_FINALISTS, _ROUNDS, _CALLS = 3, 15, 5  # candidates of a kernel that are timed again, and how often
+_CALLS = 15  # of a candidate
+_FINALISTS, _ROUNDS = 3, 15  # candidates of a kernel that are timed again, and how often
 _ONLY_ACTIVATIONS_WARM = "cache_flush_cpu_non_first_arg"
 _SECONDS = 60  # that a candidate may take to build, and to be measured
 
@@ -263,9 +265,7 @@ def keep_best(measured: Path, kept: Path, target: Target, networks: Iterable[tvm
 def _again(records: list[Any], target: Target) -> list[Any]:
     """The default schedule of a kernel and its fastest candidates, with new times.
 
-    The search takes its times minutes apart, and the speed of a machine wanders by more than candidates differ. It also
-    finds weights in caches that a network has used for others in the meantime: of 22 x86 kernels that won alone, none
-    made a network faster by 2 %, and AlexNet became slower by 11 (November 2026).
+    The search takes its times minutes apart, and the speed of a machine wanders by more than candidates differ.
     """
     candidates = sorted((r for r in records if r.trace.decisions and math.isfinite(_seconds(r))), key=_seconds)
     finalists = [_default(records), *candidates[:_FINALISTS]]
@@ -275,7 +275,7 @@ def _again(records: list[Any], target: Target) -> list[Any]:
         sch = Schedule(record.workload.mod)
         record.trace.apply_to_schedule(sch, remove_postproc=False)
         kernel = _compiled(sch.mod, target, record.target)
-        seconds = kernel.time_evaluator("main", tvm.cpu(), number=1, repeat=_CALLS, f_preproc=_ONLY_ACTIVATIONS_WARM)
+        seconds = kernel.time_evaluator("main", tvm.cpu(), number=1, repeat=5, f_preproc=_ONLY_ACTIVATIONS_WARM)
         return lambda _: float(np.median(seconds(*arguments).results))
 
     times = bench.in_turns([timer(record) for record in finalists], threads=1, rounds=_ROUNDS)
@@ -545,17 +545,17 @@ def _last_line(message: Any) -> str:
 
 
 def _runner(board: tuple[str, str] | None) -> Any:
-    """What measures candidates."""
-    evaluator = ms.runner.EvaluatorConfig(number=3, repeat=3, min_repeat_ms=10)
+    """What measures candidates: with cold weights, as a network finds them that has used others in the meantime."""
+    evaluator = ms.runner.EvaluatorConfig(number=1, repeat=_CALLS, min_repeat_ms=0, enable_cpu_cache_flush=True)
     if board is None:
-        return ms.runner.LocalRunner(timeout_sec=_SECONDS, evaluator_config=evaluator)
+        return ms.runner.LocalRunner(timeout_sec=_SECONDS, evaluator_config=evaluator, f_run_evaluator=_time)
     tracker, key = board
     host, _, port = tracker.rpartition(":")
     return ms.runner.RPCRunner(
         ms.runner.RPCConfig(host, int(port), key, session_timeout_sec=_SECONDS),
         evaluator,
         f_create_session=_session,
-        f_run_evaluator=_times,
+        f_run_evaluator=lambda _, *kernel: _time(*kernel),
         max_workers=1,  # a board measures one candidate at a time
     )
 
@@ -568,11 +568,11 @@ def _session(config: Any) -> Any:
     return tvm.rpc.connect(host, port, match_key, session_timeout=config.session_timeout_sec)
 
 
-def _times(session: Any, library: Any, device: Any, evaluator: Any, arguments: Any) -> list[float]:
-    """As MetaSchedule's own, which believes every number."""
+def _time(library: Any, device: Any, evaluator: Any, arguments: Any) -> list[float]:
+    """As MetaSchedule's, which believes every number, and whose database ranks by the mean: one bad call decides."""
     from tvm.s_tir.meta_schedule.runner.utils import run_evaluator_common
 
-    return _plausible(run_evaluator_common(library, device, evaluator, arguments))
+    return [statistics.median(_plausible(run_evaluator_common(library, device, evaluator, arguments)))]
 
 
 def _plausible(seconds: list[float]) -> list[float]:
