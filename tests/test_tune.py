@@ -98,7 +98,8 @@ def a_second_call_measures_nothing_and_a_larger_one_goes_on(run: Tuning) -> None
     more, told = made.again(TRIALS + 1)
     assert told[-1][1] == (TRIALS + 1) * len(tuned)
     for kernel, first in zip(more, tuned, strict=True):
-        assert (kernel.kernel, kernel.default) == (first.kernel, first.default)
+        assert kernel.kernel == first.kernel
+        assert kernel.default <= first.default  # a candidate may be the default schedule again
         assert kernel.best <= first.best
         assert first.trials <= kernel.trials <= TRIALS + 1
     for name, content in before.items():
