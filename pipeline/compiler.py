@@ -193,7 +193,7 @@ def _calls_by_name(mod: tvm.IRModule) -> tvm.IRModule:
     class Caller(relax.PyExprMutator):
         def visit_call_(self, call: Any) -> Any:
             call = super().visit_call_(call)
-            if call.op != tvm.ir.Op.get("relax.call_tir"):
+            if not program.calls_kernel(call):
                 return call
             return relax.call_dps_packed(call.args[0].name_hint, call.args[1], call.ty_args[0])
 

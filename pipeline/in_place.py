@@ -95,7 +95,7 @@ def _dead(main: relax.Function) -> dict[str, list[bool]]:
         order = list(values)
         readers = relax.analysis.udchain(block)
         for var, value in values.items():
-            if not _is_call(value):
+            if not program.calls_kernel(value):
                 continue
             given = list(value.args[1].fields)
             dead = [
@@ -119,11 +119,7 @@ def _is_made(var: Any, values: dict[Any, Any], readers: Any) -> bool:
         if [getattr(each, "index", value.index) for each in names].count(value.index) != 1:
             return False
         value = values[value.tuple_value]
-    return _is_call(value) and all(_is_call(values[reader]) for reader in readers[var])
-
-
-def _is_call(value: Any) -> bool:
-    return isinstance(value, tvm.ir.Call) and value.op == tvm.ir.Op.get("relax.call_tir")
+    return program.calls_kernel(value) and all(program.calls_kernel(values[reader]) for reader in readers[var])
 
 
 @relax.expr_functor.mutator
@@ -136,7 +132,7 @@ class _Caller(relax.PyExprMutator):
 
     def visit_call_(self, call: Any) -> Any:
         call = super().visit_call_(call)
-        if not _is_call(call):
+        if not program.calls_kernel(call):
             return call
         name, (kind,) = call.args[0].name_hint, call.ty_args
         kernel = self.names[name]

@@ -112,6 +112,11 @@ def functions(mod: tvm.IRModule) -> dict[str, tvm.tirx.PrimFunc]:
     return {g.name_hint: f for g, f in mod.functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
 
 
+def calls_kernel(value: Any) -> bool:
+    """Whether a Relax value is what a TIR function, which is its first argument, makes."""
+    return isinstance(value, tvm.ir.Call) and value.op == tvm.ir.Op.get("relax.call_tir")
+
+
 def line_up(mod: tvm.IRModule, outputs: tuple[str, ...], kernels: Mapping[str, Any], workers: int) -> Program:
     """The program of a module that is `straight`.
 

@@ -113,7 +113,7 @@ class Session:
                 tensor.copyfrom(np.ascontiguousarray(inputs[spec.name]))
         return self._inputs
 
-    @property
+    @functools.cached_property
     def _is_here(self) -> bool:
         """Whether tensors lie in this process's memory, where NumPy copies twice as fast as TVM."""
         return bool(self._device == tvm.cpu())

@@ -50,9 +50,9 @@ _IDENTITY, _LOG = "target.json", "tune.log"
 _PER_SECOND: dict[Unit, float] = {"us": 1e6, "model cycles": counted_runner.HERTZ}  # a record holds seconds
 _DRAWS = 8  # of a schedule, to see which tensor intrinsics it can lead to
 _WORTH_SHIPPING = 1.02  # times as fast as the default schedule
-_CALLS = 15  # of a candidate
-_FINALISTS, _ROUNDS = 3, 15  # candidates of a kernel that are timed again, and how often
-_ONLY_ACTIVATIONS_WARM = "cache_flush_cpu_non_first_arg"
+# A candidate is called so often, with cold weights, as a network finds them that has used others in the meantime.
+_COLD = ms.runner.EvaluatorConfig(number=1, repeat=15, min_repeat_ms=0, enable_cpu_cache_flush=True)
+_FINALISTS, _ROUNDS, _CALLS = 3, 15, 5  # candidates of a kernel that are timed again, and how often
 _SECONDS = 60  # that a candidate may take to build, and to be measured
 
 
@@ -269,14 +269,13 @@ def _again(records: list[Any], target: Target) -> list[Any]:
     """
     candidates = sorted((r for r in records if r.trace.decisions and math.isfinite(_seconds(r))), key=_seconds)
     finalists = [_default(records), *candidates[:_FINALISTS]]
-    (arguments,) = default_alloc_argument(tvm.cpu(), [info.as_json() for info in finalists[0].args_info], 1)
+    arguments = default_alloc_argument(tvm.cpu(), [info.as_json() for info in finalists[0].args_info], 1)
 
     def timer(record: Any) -> Callable[[int], float]:
         sch = Schedule(record.workload.mod)
         record.trace.apply_to_schedule(sch, remove_postproc=False)
         kernel = _compiled(sch.mod, target, record.target)
-        seconds = kernel.time_evaluator("main", tvm.cpu(), number=1, repeat=5, f_preproc=_ONLY_ACTIVATIONS_WARM)
-        return lambda _: float(np.median(seconds(*arguments).results))
+        return lambda _: _time(kernel, tvm.cpu(), _COLD._replace(repeat=_CALLS), arguments)[0]
 
     times = bench.in_turns([timer(record) for record in finalists], threads=1, rounds=_ROUNDS)
     return [
@@ -545,15 +544,14 @@ def _last_line(message: Any) -> str:
 
 
 def _runner(board: tuple[str, str] | None) -> Any:
-    """What measures candidates: with cold weights, as a network finds them that has used others in the meantime."""
-    evaluator = ms.runner.EvaluatorConfig(number=1, repeat=_CALLS, min_repeat_ms=0, enable_cpu_cache_flush=True)
+    """What measures candidates."""
     if board is None:
-        return ms.runner.LocalRunner(timeout_sec=_SECONDS, evaluator_config=evaluator, f_run_evaluator=_time)
+        return ms.runner.LocalRunner(timeout_sec=_SECONDS, evaluator_config=_COLD, f_run_evaluator=_time)
     tracker, key = board
     host, _, port = tracker.rpartition(":")
     return ms.runner.RPCRunner(
         ms.runner.RPCConfig(host, int(port), key, session_timeout_sec=_SECONDS),
-        evaluator,
+        _COLD,
         f_create_session=_session,
         f_run_evaluator=lambda _, *kernel: _time(*kernel),
         max_workers=1,  # a board measures one candidate at a time

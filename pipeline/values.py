@@ -77,11 +77,10 @@ class Emitter:
     def source(self, x: relax.Expr) -> tuple[relax.Expr, Finish]:
         """What a kernel reads to have a tensor [N, H, W, C], and how it makes that: of planes, if `op` did."""
         made = self.builder.lookup_binding(x) if isinstance(x, relax.Var) else None
-        if not isinstance(made, relax.Call) or made.op != tvm.ir.Op.get("relax.permute_dims"):
-            return x, _as_it_is
-        if list(made.attrs.axes) != [0, 2, 3, 1]:
-            return x, _as_it_is
-        return made.args[0], lambda planes: topi.transpose(planes, [0, 2, 3, 1])
+        transposition = tvm.ir.Op.get("relax.permute_dims")
+        if isinstance(made, relax.Call) and made.op == transposition and list(made.attrs.axes) == [0, 2, 3, 1]:
+            return made.args[0], lambda planes: topi.transpose(planes, [0, 2, 3, 1])
+        return x, _as_it_is
 
 
 class Value(Protocol):

@@ -23,7 +23,7 @@ def calls(lowered: tvm.IRModule) -> tuple[Call, ...]:
     values = [binding.value for block in lowered["main"].body.blocks for binding in block.bindings]
     found = []
     for value in values:
-        if not isinstance(value, tvm.ir.Call) or value.op != tvm.ir.Op.get("relax.call_tir"):
+        if not program.calls_kernel(value):
             continue
         name = value.args[0].name_hint
         kind, macs = products(functions[name])

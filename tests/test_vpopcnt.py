@@ -65,6 +65,7 @@ PLACES = {  # (how it is written, what it needs, the offset from %rdi in bytes),
     "no base": ("40(,%rdi)", "", 40),
     "rip": ("1f(%rip)", "", None),
 }
+TABLE = [0x0123456789ABCDEF, 0xF0, 3, 2**64 - 1, 5, 2**63, 0xFFFF, 0]  # beside the instruction, for "rip"
 
 
 def program(rng: np.random.Generator, op: str, bits: int) -> tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
@@ -85,17 +86,14 @@ def program(rng: np.random.Generator, op: str, bits: int) -> tuple[str, Callable
         if place == "base and 8 bits":
             offset = scaled
         if place == "rip":
-            table = "1: .quad 0x0123456789abcdef, 0xf0, 3, -1, 5, 0x8000000000000000, 0xffff, 0"
+            table = f"1: .quad {', '.join(map(str, TABLE))}"
         if many:
             written += f"{{1to{bits // 8 // element}}}"
     suffix = (f"{{%k{mask}}}" + "{z}" * zeroing) if mask else ""
     text = f"{prepare}; vpopcnt{op} {written}, %{register}{to}{suffix}; jmp 2f; {table}; 2:"
 
     def expected(registers: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        memory = registers.tobytes()
-        if table:
-            values = [0x0123456789ABCDEF, 0xF0, 3, 2**64 - 1, 5, 2**63, 0xFFFF, 0]
-            memory = np.array(values, np.uint64).tobytes()
+        memory = np.array(TABLE, np.uint64).tobytes() if table else registers.tobytes()
         start = offset or 0
         data = memory[start : start + element] * 64 if many else memory[start : start + 64]
         result = registers.copy()

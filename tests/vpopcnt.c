@@ -85,12 +85,13 @@ static int step(const uint8_t *code, greg_t *registers, uint8_t *area) {
   pieces(area, (modrm >> 3 & 7) | !(code[1] & 0x80) << 3 | !(code[1] & 0x10) << 4, piece);
   for (int i = 0; i < 64; i += bytes) {
     uint64_t lane = 0;
-    memcpy(&lane, source + i, bytes);
-    lane = i < width ? __builtin_popcountll(lane) : 0; /* bits above the vector become 0 */
-    if (i >= width || mask >> i / bytes & 1 || zeroing) {
-      if (i < width && !(mask >> i / bytes & 1)) lane = 0;
-      memcpy(piece[i / 16] + i % 16, &lane, bytes);
+    if (i < width && mask >> i / bytes & 1) {
+      memcpy(&lane, source + i, bytes);
+      lane = __builtin_popcountll(lane);
+    } else if (i < width && !zeroing) {
+      continue;
     }
+    memcpy(piece[i / 16] + i % 16, &lane, bytes); /* what lies above the vector becomes 0 */
   }
   return length;
 }
